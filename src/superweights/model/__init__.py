@@ -1,1 +1,1 @@
-
+"""A transformers model: its structure, its weights on demand, and what a forward pass shows."""

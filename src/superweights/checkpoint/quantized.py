@@ -1,0 +1,53 @@
+"""What a model's config says about packed weights."""
+
+from collections.abc import Iterator
+from typing import Any
+
+
+def quantization_of(config: dict[str, Any]) -> str | None:
+    """Names the quantizer of a config and its bits, or None for plain weights.
+
+    Example:
+        >>> quantization_of({"quantization_config": {"quant_method": "gptq", "bits": 4}})
+        'gptq, 4 bits'
+        >>> quantization_of({"model_type": "llama"}) is None
+        True
+    """
+    settings = _settings(config)
+    if settings is None:
+        return None
+    method = settings.get("quant_method")
+    if not isinstance(method, str):
+        method = "bitsandbytes" if "load_in_4bit" in settings or "load_in_8bit" in settings else "an unnamed quantizer"
+    bits = _bits(settings)
+    return method if bits is None else f"{method}, {bits} bits"
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any] | None:
+    nested = config.get("text_config")
+    for place in (config, nested if isinstance(nested, dict) else {}):
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(place.get(key), dict) and place[key]:
+                found: dict[str, Any] = place[key]
+                return found
+    return None
+
+
+def _bits(settings: dict[str, Any]) -> int | None:
+    if settings.get("load_in_4bit"):
+        return 4
+    if settings.get("load_in_8bit"):
+        return 8
+    for key in ("bits", "w_bit", "wbits", "weight_bits", "nbits"):
+        if isinstance(settings.get(key), int):
+            return int(settings[key])
+    return next(_group_bits(settings), None)
+
+
+def _group_bits(settings: dict[str, Any]) -> Iterator[int]:
+    """The bits of compressed-tensors, which keeps them per group of modules."""
+    groups = settings.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict) and isinstance(weights.get("num_bits"), int):
+            yield weights["num_bits"]

@@ -1,0 +1,137 @@
+"""The verb `find`: which scalars may be super weights, and the evidence."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from cyclopts import Parameter
+
+from superweights.cli.model_options import (
+    DEFAULT_MODEL_OPTIONS,
+    ModelOptions,
+    describe_model_run,
+    last_layer,
+    open_model,
+)
+from superweights.cli.output import DEFAULT_OUTPUT, OutputSettings, write_rows, write_table, write_text
+from superweights.detection.candidates import DetectionSettings, group_sets
+from superweights.detection.recording import record_findings
+from superweights.detection.search import Findings, default_prompts
+from superweights.detection.search import find as search
+from superweights.model.loading import LoadedModel
+from superweights.progress import RichProgress
+from superweights.results.records import CandidateRecord, NoteRecord, Record, Run
+from superweights.results.store import write_records
+
+
+@Parameter(name="*", negative=())
+@dataclass(frozen=True, slots=True)
+class FindSettings:
+    """How `find` searches and what it leaves behind."""
+
+    method: Literal["residual", "paper"] = "residual"
+    """residual: from the residual stream, remove and repeat. paper: pair the largest input and output of each down projection
+    in one pass, as the paper's code does; kept for comparison."""
+    out: str | None = None
+    """Write all records (peaks, candidates, notes) to this .jsonl file; - writes them to stdout in place of the table."""
+    plot: str | None = None
+    """Draw max |input| and |output| of the down projections by layer to this .png, .svg, .pdf or .html file."""
+
+
+_DEFAULT_SETTINGS = FindSettings()
+_DEFAULT_DETECTION = Parameter(name="*")(DetectionSettings)()
+
+
+def find(
+    model: str,
+    /,
+    *,
+    settings: FindSettings = _DEFAULT_SETTINGS,
+    options: ModelOptions = DEFAULT_MODEL_OPTIONS,
+    detection: DetectionSettings = _DEFAULT_DETECTION,
+    output: OutputSettings = DEFAULT_OUTPUT,
+) -> int:
+    """Finds super weight candidates from forward passes over a few short prompts. Needs no data set.
+
+    A candidate makes a decisive share of a super activation: a value of the residual stream that dwarfs its median, appears
+    at one layer and persists. It is removed and the search repeated. A candidate is a structure, not yet a verdict: whether the
+    model needs it is another question. Finding none is an answer too, with its reason and exit status 0.
+
+    Args:
+        model: A directory, a Hub name or a URL.
+    """
+    from superweights.report.saving import checked_suffix
+
+    if settings.plot is not None:
+        checked_suffix(settings.plot)  # a wrong name must not cost a search
+    with open_model(model, options) as loaded:
+        findings = search(
+            loaded,
+            prompts=default_prompts(loaded, options.prompt),
+            method=settings.method,
+            settings=detection,
+            last_layer=last_layer(loaded, options.layers),
+            progress=RichProgress(),
+        )
+        run = describe_model_run(
+            loaded, options, command=sys.argv, settings={"method": settings.method, **asdict(detection)}
+        )
+        records = list(record_findings(findings))
+        _leave(settings, run, records, model)
+        if settings.out != "-":
+            _show(loaded, findings, records, output)
+    return 0
+
+
+def _leave(settings: FindSettings, run: Run, records: Sequence[Record], model: str) -> None:
+    from superweights.report.peaks import peaks_chart
+    from superweights.report.saving import save_chart
+
+    if settings.out is not None:
+        write_records(settings.out, run, records)
+    if settings.plot is not None:
+        save_chart(peaks_chart(records, title="Down projection peaks by layer", model=model), settings.plot)
+
+
+def _show(loaded: LoadedModel, findings: Findings, records: Sequence[Record], output: OutputSettings) -> None:
+    candidates = [each for each in records if isinstance(each, CandidateRecord)]
+    if output.format != "table":
+        write_rows([each.model_dump(mode="json") for each in candidates], format=output.format)
+        return
+    write_table([_row(each) for each in candidates], title=_headline(loaded, findings))
+    write_text("".join(f"\n{each.text}" for each in records if isinstance(each, NoteRecord)) + "\n")
+    if candidates:
+        write_text(
+            "\nshare: part of the layer's output to this channel that W[row, col] * x[col] makes; stream share: part of the "
+            "super activation.\npersists: part of the later layers that keep it. Candidates of one set share a row or a col.\n"
+        )
+
+
+def _headline(loaded: LoadedModel, findings: Findings) -> str:
+    count, sets = len(findings.candidates), len(group_sets(findings.candidates))
+    passes = f"{len(findings.traces)} forward {'pass' if len(findings.traces) == 1 else 'passes'}"
+    if not count:
+        return f"No super weight candidate in {loaded.name} ({passes})."
+    noun = "candidate" if count == 1 else "candidates"
+    return f"{count} super weight {noun} in {sets} {'set' if sets == 1 else 'sets'} in {loaded.name} ({passes})."
+
+
+def _row(candidate: CandidateRecord) -> dict[str, object]:
+    activation, median = candidate.super_activation, candidate.median
+    return {
+        "coordinate": candidate.coordinate,
+        "value": candidate.value,
+        "|W| rank": f"{candidate.rank} of {candidate.matrix_size}",
+        "x": candidate.input_peak,
+        "y": candidate.output_peak,
+        "share": round(candidate.share, 3),
+        "super activation": activation,
+        "medians": None if activation is None or not median else round(abs(activation) / median),
+        "stream share": None if candidate.stream_share is None else round(candidate.stream_share, 3),
+        "persists": None if candidate.persistence is None else round(candidate.persistence, 2),
+        "token": f"{candidate.token_text!r} at {candidate.token}",
+        "prompt": candidate.prompt,
+        "set": candidate.set,
+        "round": candidate.round,
+    }

@@ -1,0 +1,58 @@
+"""Which weights a verb acts on: found ones, published ones, those of a result file, or coordinates."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from superweights.coordinates import Coordinate
+from superweights.detection.published import published_name, usable_weights
+from superweights.errors import UsageError
+from superweights.results.records import CandidateRecord
+from superweights.results.store import STANDARD_STREAM, read_records
+
+if TYPE_CHECKING:
+    from superweights.model.loading import LoadedModel
+    from superweights.model.prompts import Prompt
+    from superweights.progress import Progress
+
+
+def chosen_weights(
+    text: str, model: "LoadedModel", *, prompts: tuple["Prompt", ...], last_layer: int | None, progress: "Progress"
+) -> tuple[Coordinate, ...]:
+    """The weights that `--weights` names.
+
+    Args:
+        text: "auto" searches the model; "published" looks in the index; a .jsonl file, or "-" for stdin, gives the candidates
+            of an earlier search; anything else is coordinates, separated by commas.
+        model: the model they belong to.
+        prompts: prompts of the search.
+        last_layer: last layer of the search.
+        progress: hears about the search.
+
+    Raises:
+        UsageError: no such file, nothing published, or text that is no coordinate.
+        CoordinateError: a coordinate outside the model.
+    """
+    if text == "auto":
+        from superweights.detection.search import find
+
+        found = find(model, prompts=prompts, last_layer=last_layer, progress=progress)
+        return tuple(each.coordinate for each in found.candidates)
+    if text == "published":
+        coordinates = _published(model)
+    elif text == STANDARD_STREAM or text.endswith(".jsonl"):
+        records = read_records(text)[1]
+        coordinates = tuple(Coordinate.parse(each.coordinate) for each in records if isinstance(each, CandidateRecord))
+    else:
+        coordinates = tuple(Coordinate.parse(each) for each in text.split(","))
+    for each in coordinates:
+        model.architecture.locate(each)
+    return coordinates
+
+
+def _published(model: "LoadedModel") -> tuple[Coordinate, ...]:
+    config_name = str(model.checkpoint.config.get("_name_or_path", "")) if model.checkpoint else ""
+    name = model.name if not Path(model.name).exists() else config_name or Path(model.name).name
+    weights = usable_weights(published_name(name))
+    if not weights:
+        raise UsageError(f"Nothing usable is published about {name}; `superweights index {name}` shows what there is.")
+    return tuple(each.coordinate for each in weights if each.coordinate is not None)

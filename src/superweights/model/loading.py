@@ -1,0 +1,303 @@
+"""A model ready to run: its decoder, its architecture and its tokenizer, with the weights resident or streamed.
+
+Residency says where weights live, not how the model computes: both give the same bits. A streamed model holds one decoder
+layer and reads the next while it computes; a resident one holds all of them.
+"""
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import nn
+
+from superweights.checkpoint import Checkpoint, ModelReference
+from superweights.coordinates import Coordinate
+from superweights.errors import ModelError, SuperweightsError
+from superweights.model import experts
+from superweights.model.architecture import Architecture, DownProjection, read_architecture
+from superweights.model.streaming import NonFinite, StreamedWeights
+from superweights.model.widening import WideProducts
+from superweights.progress import NO_PROGRESS, Progress
+
+Residency = Literal["resident", "streamed"]
+
+
+class LoadedModel:
+    """A causal language model that can be traced and edited. The only stateful type; close it, or use it as a context.
+
+    Attributes:
+        name: how the model was named.
+        model: the transformers model.
+        architecture: where its parts are.
+        tokenizer: its tokenizer, or None when there is none.
+        checkpoint: where its weights come from; None for a model that was already in memory.
+        residency: "resident" or "streamed".
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        architecture: Architecture,
+        *,
+        tokenizer: Any,
+        weights: StreamedWeights | None,
+        residency: Residency,
+    ) -> None:
+        self.name = name
+        self.model = model
+        self.architecture = architecture
+        self.tokenizer = tokenizer
+        self.weights = weights
+        self.residency = residency
+        self._factors: dict[Coordinate, float] = {}
+        self._reader = ThreadPoolExecutor(1, "superweights-read")
+        self._ahead: tuple[int, Future[None]] | None = None
+        self._last_layer = architecture.layer_count - 1
+        self._progress: Progress = NO_PROGRESS
+        self._hooks = [hook for layer in range(architecture.layer_count) for hook in self._hook_layer(layer)]
+        self._products = weights.products if weights else WideProducts(1)
+        self._watched = [] if weights else self._watch_experts()
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """Where the weights come from; None for a model that was already in memory."""
+        return self.weights.checkpoint if self.weights else None
+
+    @property
+    def decoder(self) -> Any:
+        """The module whose forward pass runs all decoder layers."""
+        return self.model.get_submodule(self.architecture.decoder)
+
+    def layer(self, layer: int) -> nn.Module:
+        """One decoder layer."""
+        module: nn.Module = self.model.get_submodule(self.architecture.layer_name(layer))
+        return module
+
+    def run(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        last_layer: int | None = None,
+        progress: Progress = NO_PROGRESS,
+    ) -> None:
+        """Runs the decoder layers up to `last_layer` on [prompts, tokens]; hooks see what happens, nothing is returned.
+
+        Raises:
+            ModelError: the model's own code failed.
+        """
+        self._last_layer = self.architecture.layer_count - 1 if last_layer is None else last_layer
+        self._progress = progress
+        progress.start("forward pass", total=self._last_layer + 1, unit="layers")
+        masked = {} if attention_mask is None else {"attention_mask": attention_mask}
+        try:
+            with torch.no_grad():
+                self.decoder(input_ids=input_ids, use_cache=False, **masked)
+        except _LastLayerDone:
+            pass
+        except SuperweightsError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"Running {self.name}: the forward pass of {type(self.decoder).__name__} failed with "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        finally:
+            progress.finish()
+            self._abandon_pass()
+
+    @contextmanager
+    def edited(self, factors: Mapping[Coordinate, float]) -> Iterator[None]:
+        """Multiplies weights by factors (0 removes) until the context ends; the original bits come back.
+
+        Raises:
+            CoordinateError: a coordinate is not in this model.
+        """
+        for coordinate in factors:
+            self.architecture.locate(coordinate)
+        before = dict(self._factors)
+        originals = [] if self.residency == "streamed" else self._scale_now(factors)
+        self._factors = {**before, **factors} if self.residency == "streamed" else before
+        try:
+            yield
+        finally:
+            self._factors = before
+            for parameter, index, value in originals:
+                parameter[index] = value
+
+    @contextmanager
+    def attached(self, projection: DownProjection) -> Iterator[torch.Tensor]:
+        """Gives the stored parameter of a down projection, loaded for as long as the context lasts."""
+        loads = self.weights is not None and self.residency == "streamed"
+        if loads:
+            self._attach(projection.layer)
+        try:
+            yield self._parameter(projection)
+        finally:
+            if loads and self.weights is not None:
+                self.weights.detach_layer(projection.layer)
+
+    def matrix_row(self, projection: DownProjection, expert: int | None, row: int) -> torch.Tensor:
+        """Gives W[row, :] of a projection whose layer is attached, in float32 [cols]."""
+        parameter = self._parameter(projection)
+        matrix = parameter if expert is None else parameter[expert]
+        return (matrix[:, row] if projection.transposed else matrix[row]).float().cpu()
+
+    def close(self) -> None:
+        """Removes hooks, ends threads, closes files."""
+        for hook in self._hooks:
+            hook.remove()
+        self._reader.shutdown()
+        for module in self._watched:
+            experts.remove_observed_experts(module)
+        self._products.close()
+        if self.weights is not None:
+            self.weights.checkpoint.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _watch_experts(self) -> list[nn.Module]:
+        """Makes the packed experts of a model in memory observable, until `close`."""
+        packed = [each for each in self.model.modules() if experts.is_routed(each) or experts.is_batched(each)]
+        for module in packed:
+            experts.install_observed_experts(module, self._products)
+        return packed
+
+    def _hook_layer(self, layer: int) -> list[Any]:
+        module = self.layer(layer)
+        after = module.register_forward_hook(lambda *_: self._after_layer(layer))
+        if self.residency == "resident":
+            return [after]
+        return [module.register_forward_pre_hook(lambda *_: self._before_layer(layer)), after]
+
+    def _before_layer(self, layer: int) -> None:
+        if self._ahead is not None and self._ahead[0] == layer:
+            self._ahead[1].result()
+        self._attach(layer)
+        if layer < self._last_layer and self.weights is not None:
+            names = self.weights.plan.layers[layer + 1]
+            self._ahead = (layer + 1, self._reader.submit(self.weights.checkpoint.fetch, names))
+
+    def _after_layer(self, layer: int) -> None:
+        nbytes = 0
+        if self.residency == "streamed" and self.weights is not None:
+            self.weights.detach_layer(layer)
+            nbytes = self.weights.layer_bytes(layer)
+        self._progress.advance(nbytes=nbytes)
+        if layer >= self._last_layer:
+            raise _LastLayerDone
+
+    def _attach(self, layer: int) -> None:
+        if self.weights is not None:
+            self.weights.attach_layer(layer)
+        for coordinate, factor in self._factors.items():
+            if coordinate.layer == layer:
+                projection = self.architecture.locate(coordinate)
+                self._parameter(projection)[projection.index(coordinate)] *= factor
+
+    def _abandon_pass(self) -> None:
+        """Leaves nothing attached and nothing being read, also after an error half-way."""
+        if self._ahead is not None:
+            self._ahead[1].exception()
+            self._ahead = None
+        if self.residency == "streamed" and self.weights is not None:
+            for layer in range(self.architecture.layer_count):
+                if any(not each.is_meta for each in self.layer(layer).parameters()):
+                    self.weights.detach_layer(layer)
+
+    def _scale_now(
+        self, factors: Mapping[Coordinate, float]
+    ) -> list[tuple[torch.Tensor, tuple[int, ...], torch.Tensor]]:
+        originals = []
+        for coordinate, factor in factors.items():
+            projection = self.architecture.locate(coordinate)
+            parameter, index = self._parameter(projection), projection.index(coordinate)
+            originals.append((parameter, index, parameter[index].clone()))
+            parameter[index] *= factor
+        return originals
+
+    def _parameter(self, projection: DownProjection) -> torch.Tensor:
+        parameter: torch.Tensor = self.model.get_parameter(projection.name).data
+        return parameter
+
+
+class _LastLayerDone(Exception):
+    """Ends a forward pass after the last layer that was asked for."""
+
+
+def load(
+    model: Any,
+    *,
+    tokenizer: Any = None,
+    revision: str | None = None,
+    residency: Residency = "resident",
+    nonfinite: NonFinite = "refuse",
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Makes a model ready to be traced.
+
+    Args:
+        model: a directory, a Hub name, an fsspec URL, or a transformers model that is already in memory.
+        tokenizer: replaces the checkpoint's own; needed for text prompts when `model` is already in memory.
+        revision: branch, tag or commit of a Hub model.
+        residency: "resident" keeps all layers attached, "streamed" one at a time. Both give the same bits.
+        nonfinite: what to do with NaN and infinite weights: "refuse" raises when a forward pass meets them, "zero" puts zeros
+            in their place and counts them in `model.weights.zeroed`.
+        trust_remote_code: whether Python code that comes with the checkpoint may run.
+
+    Raises:
+        CheckpointError: the files cannot be used.
+        ModelError: the model cannot be built.
+
+    Example:
+        >>> with load(example_checkpoint) as model:
+        ...     model.architecture.layer_count
+        6
+    """
+    if isinstance(model, nn.Module):
+        return _wrap(model, tokenizer)
+    reference = model if isinstance(model, ModelReference) else ModelReference(str(model), revision)
+    checkpoint = Checkpoint.open(reference)
+    try:
+        weights = StreamedWeights(checkpoint, nonfinite=nonfinite, trust_remote_code=trust_remote_code)
+        if residency == "resident":
+            for layer in range(weights.architecture.layer_count):
+                weights.attach_layer(layer)
+    except BaseException:
+        checkpoint.close()
+        raise
+    return LoadedModel(
+        reference.name,
+        weights.model,
+        weights.architecture,
+        tokenizer=tokenizer or _tokenizer(checkpoint.directory, trust_remote_code=trust_remote_code),
+        weights=weights,
+        residency=residency,
+    )
+
+
+def _wrap(model: Any, tokenizer: Any) -> LoadedModel:
+    name = model.config.name_or_path or type(model).__name__
+    return LoadedModel(
+        name, model.eval(), read_architecture(model), tokenizer=tokenizer, weights=None, residency="resident"
+    )
+
+
+def _tokenizer(directory: Path, *, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    if (
+        not any(directory.glob("tokenizer*"))
+        and not any(directory.glob("vocab*"))
+        and not any(directory.glob("*.model"))
+    ):
+        return None
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
