@@ -3,9 +3,11 @@
 Code that claims to work on every family needs every family at hand. A family is named by its `model_type`. Its config
 class says which fields it has; every field that is known to be a size is made small. The families for which this gives
 no valid model have a row in `_exceptions`, with the reason. Nothing is downloaded, and the same seed gives the same bytes.
+A super weight can be planted in any of them, to test whatever is meant to find or to keep it.
 """
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -23,7 +25,11 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
+from superweights.coordinates import Coordinate
+from superweights.detection.search import default_prompts
 from superweights.errors import UnknownNameError, UnsupportedArchitectureError, UsageError
+from superweights.model.loading import load
+from superweights.model.tracing import trace
 
 _HEADS = 4
 _WEIGHT_STD = 0.02
@@ -211,6 +217,69 @@ def save_tiny_checkpoint(
         CONFIG_MAPPING[model_type](text_config=model.config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return Path(directory)
+
+
+@torch.no_grad()
+def plant_super_weight(
+    model: PreTrainedModel,
+    *,
+    layer: int,
+    tokenizer: Any = None,
+    routed: bool = True,
+    ratio: float = 200.0,
+    seed: int = 0,
+) -> Coordinate:
+    """Makes one weight of a down projection a super weight, in place: its product becomes a super activation.
+
+    The col is the neuron that fires most over the default prompts, the row is drawn. The weight is set so that the residual
+    stream reaches `ratio` medians there. Where a norm between down projection and stream holds that back, its gain for the
+    channel is raised as well, as trained Gemma models do.
+
+    Args:
+        model: a model in memory, in float32.
+        layer: decoder layer, from 0.
+        tokenizer: its tokenizer; None for fixed token ids.
+        routed: take a routed expert where the layer has both routed and plain projections.
+        ratio: size of the super activation in medians of the stream.
+        seed: draws the row.
+
+    Returns:
+        Where the super weight is.
+
+    Raises:
+        UsageError: the layer has no down projection, or the stream does not follow the weight or does not hold.
+    """
+    with load(model, tokenizer=tokenizer) as loaded:
+        prompts = default_prompts(loaded)
+        before = trace(loaded, prompts)
+        projections = loaded.architecture.in_layer(layer)
+        if not projections:
+            raise UsageError(f"Planting in layer {layer} of {type(model).__name__}: the layer has no down projection.")
+        projection = max(projections, key=lambda each: (each.experts is not None) == routed)
+        inputs = [each for each in before.peaks if each.module == projection.module and each.side == "input"]
+        peak = max(inputs, key=lambda each: abs(each.value))
+        row = random.Random(seed).randrange(projection.rows)
+        coordinate = Coordinate(layer, peak.expert, row, peak.channel)
+        position = before.positions.index((peak.prompt, peak.token))
+        target = ratio * before.medians.max().item()
+
+        def reached() -> float:
+            return trace(loaded, prompts, last_layer=layer).stream[-1, position, row].item()
+
+        weight, index = model.get_parameter(projection.name), projection.index(coordinate)
+        weight[index] = 0
+        start = reached()
+        weight[index] = target / peak.value
+        weight[index] *= target / max(abs(reached() - start), target / 100)  # a multiplier may stand in between
+        if abs(reached()) < target / 2:
+            _raise_gain(loaded.layer(layer), row, reached, target)
+        after = trace(loaded, prompts).stream[layer + 1 :, position, row].abs()
+    if after[0] < target / 2 or after[1:].min() < after[0] / 2:
+        raise UsageError(
+            f"Planting at {coordinate} of {type(model).__name__}: the stream does not follow or does not hold the value, as "
+            "where it is normalised after every layer."
+        )
+    return coordinate
 
 
 def _language_config_class(model_type: str) -> type[PreTrainedConfig]:
@@ -409,3 +478,16 @@ def _fill_degenerate(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         if not parameter.isfinite().all() or (parameter.dim() > 1 and not parameter.any()):
             parameter.normal_(0, _WEIGHT_STD)
+
+
+def _raise_gain(layer: torch.nn.Module, row: int, reached: Callable[[], float], target: float) -> None:
+    """Raises the one norm gain of the layer that the stream's channel `row` follows most, until it reaches the target."""
+    gains = [each for each in layer.parameters() if each.dim() == 1 and len(each) > row]
+    slopes = []
+    for gain in gains:
+        start, kept = reached(), gain[row].clone()
+        gain[row] += 1
+        slopes.append(reached() - start)
+        gain[row] = kept
+    steepest = max(range(len(gains)), key=lambda each: abs(slopes[each]))
+    gains[steepest][row] += (target - abs(reached())) / abs(slopes[steepest])

@@ -14,6 +14,7 @@ torch.set_num_threads(1)
 
 CONFIG = {"model_type": "llama", "hidden_size": 8}
 
+
 @pytest.fixture
 def write_model(tmp_path: Path) -> Callable[..., Path]:
     """Writes config.json and a model.safetensors of given bytes or tensors; gives the directory."""

@@ -73,7 +73,10 @@ BROKEN = {
     "range of half a byte": (raw_file({"a": fields("F4", [3], 0, 2)}, bytes(24)), r"needs 1.5 bytes"),
     "overlap": (raw_file({"a": A, "b": fields("U8", [4], 3, 7)}, bytes(9)), "'a'.*'b'.*overlap"),
     "overlap inside": (raw_file({"b": fields("U8", [1], 2, 3), "a": A}, bytes(9)), "'a'.*'b'.*overlap"),
-    "truncated": (raw_file({"a": A, "b": fields("U8", [9], 4, 13)}, bytes(12)), "'b' ends at byte .*truncated|truncated"),
+    "truncated": (
+        raw_file({"a": A, "b": fields("U8", [9], 4, 13)}, bytes(12)),
+        "'b' ends at byte .*truncated|truncated",
+    ),
 }
 
 
@@ -153,5 +156,3 @@ def test_reading_a_header_asks_for_nothing_else() -> None:
 
     entry = read_header(read, file="a", size=len(content))["a"]
     assert max(end for _, end in asked) <= entry.start
-
-

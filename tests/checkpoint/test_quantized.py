@@ -29,6 +29,8 @@ def test_plain_weights_have_none(config: dict[str, Any]) -> None:
     assert quantization_of(config) is None
 
 
-@pytest.mark.parametrize("settings", [{"bits": "four"}, {"config_groups": [1]}, {"config_groups": {"a": {"weights": 1}}}])
+@pytest.mark.parametrize(
+    "settings", [{"bits": "four"}, {"config_groups": [1]}, {"config_groups": {"a": {"weights": 1}}}]
+)
 def test_strange_settings_do_not_break_it(settings: dict[str, Any]) -> None:
     assert quantization_of({"quantization_config": settings}) == "an unnamed quantizer"

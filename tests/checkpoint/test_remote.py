@@ -202,7 +202,7 @@ def test_a_full_disk_is_named(open_file: OpenFile, monkeypatch: pytest.MonkeyPat
 
     file = open_file(MemoryReader())
     monkeypatch.setattr(remote_module, "_write_at", full)
-    with pytest.raises(CheckpointError, match="No space left on device.*SUPERWEIGHTS_CACHE"):
+    with pytest.raises(CheckpointError, match=r"No space left on device.*SUPERWEIGHTS_CACHE"):
         fetch(file, (0, 10))
 
 

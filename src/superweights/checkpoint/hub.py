@@ -73,12 +73,12 @@ def _ranges(reference: ModelReference, cache_dir: Path | None) -> WeightSource:
     folder = cache_folder(cache_dir) / "hub" / reference.name.replace("/", "--") / info.sha
     with remote_files() as (pool, files):
         small = [name for name, each in siblings.items() if is_small(name, each.size)]
-        directory = list(pool.map(partial(_download, pinned), [*small, "config.json"]))[-1].parent
+        copies = dict(zip(small, pool.map(partial(_download, pinned), small), strict=True))
         for name in shards.files:
             reader = HubReader(pinned, name, version=_listed_version(siblings[name]))
             files[name] = RemoteFile(reader, name=name, version=reader.version, folder=folder, pool=pool)
         fetch_headers(files.values())
-        return WeightSource(directory, info.sha, shards, files, pool)
+        return WeightSource(copies["config.json"].parent, info.sha, shards, files, pool)
 
 
 def _download(pinned: ModelReference, name: str) -> Path:

@@ -38,18 +38,14 @@ class MappedFile:
         self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         self.size = os.fstat(self._descriptor).st_size
         self._map: mmap.mmap | None = None
-        self._address = 0
         self._lock = threading.Lock()
 
     @property
     def map(self) -> mmap.mmap:
         """The whole file as a writable buffer whose changes stay in memory."""
         with self._lock:
-            if self._descriptor < 0:
-                raise ValueError(f"{self.name} is closed.")
             if self._map is None:
-                self._map = _private_map(self._descriptor)
-                self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+                self._map = _private_map(self._open_descriptor)
             return self._map
 
     def read(self, start: int, end: int) -> bytes:
@@ -60,7 +56,7 @@ class MappedFile:
         """
         pieces = []
         while start < end:
-            piece = _read_at(self._descriptor, end - start, start)
+            piece = _read_at(self._open_descriptor, end - start, start)
             if not piece:
                 raise self._shrunk()
             pieces.append(piece)
@@ -79,7 +75,7 @@ class MappedFile:
         for start, end in split(merge(spans), _POPULATE_BYTES):
             first = start - start % mmap.PAGESIZE
             if not self._advise(_POPULATE_READ, first, end) and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self._descriptor, first, end - first, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(self._open_descriptor, first, end - first, os.POSIX_FADV_WILLNEED)
 
     def discard(self, spans: Iterable[Span]) -> None:
         """Gives the memory of spans back and undoes edits in them; the bytes around them keep theirs.
@@ -106,6 +102,12 @@ class MappedFile:
                 os.close(self._descriptor)
             self._descriptor, self._map = -1, None
 
+    @property
+    def _open_descriptor(self) -> int:
+        if self._descriptor < 0:
+            raise ValueError(f"{self.name} is closed.")
+        return self._descriptor
+
     def _restore(self, start: int, end: int) -> None:
         for left, right in split([(start, end)], _POPULATE_BYTES):
             stored = self.read(left, right)
@@ -115,9 +117,11 @@ class MappedFile:
     def _advise(self, advice: int, start: int, end: int) -> bool:
         """Calls madvise without holding the interpreter's lock; False where the system does not know the advice."""
         madvise = _madvise()
-        if madvise is None or not self.map:
+        if madvise is None:
             return False
-        while madvise(self._address + start, end - start, advice) != 0:
+        mapped = self.map  # held, so that closing the file meanwhile does not unmap it
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        while madvise(address + start, end - start, advice) != 0:
             code = ctypes.get_errno()
             if code == errno.EINVAL:
                 return False

@@ -128,7 +128,7 @@ class RemoteFile(MappedFile):
                 self._record()
 
     def stop(self) -> None:
-        """Ends running transfers at their next piece and notes what they brought."""
+        """Ends running transfers at their next block."""
         with self._state:
             self._stopped.set()
 
@@ -150,7 +150,7 @@ class RemoteFile(MappedFile):
                     for block in self._blocks(position, end):
                         self._write(position, block)
                         position += len(block)
-                        failures = 0
+                        failures = 0 if block else failures
                 except BrokenTransferError as error:
                     failures += 1
                     if failures == _ATTEMPTS or self._stopped.wait(_FIRST_WAIT_SECONDS * 2**failures):
@@ -171,10 +171,11 @@ class RemoteFile(MappedFile):
                 self.bytes_fetched += len(block)
             yield block[: end - position]
             position += len(block)
-        if position < end:
-            raise BrokenTransferError(
-                CheckpointError(f"Cannot read {self.name}: the server stopped at byte {position} of {end}.")
-            )
+            if position >= end:
+                return
+        raise BrokenTransferError(
+            CheckpointError(f"Cannot read {self.name}: the server stopped at byte {position} of {end}.")
+        )
 
     def _write(self, position: int, block: bytes) -> None:
         try:

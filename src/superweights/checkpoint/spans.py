@@ -58,8 +58,3 @@ def split(spans: Iterable[Span], size: int) -> Iterator[Span]:
     for start, end in spans:
         for left in range(start, end, size):
             yield left, min(left + size, end)
-
-
-def total(spans: Iterable[Span]) -> int:
-    """The number of bytes in spans that do not overlap."""
-    return sum(end - start for start, end in spans)

@@ -57,7 +57,7 @@ def url_source(reference: ModelReference, cache_dir: Path | None) -> WeightSourc
 
     def read_small(name: str) -> bytes:
         with _url_errors(url):
-            content: bytes = filesystem.cat_file(f"{root}/{name}")
+            content: bytes = filesystem.cat_file(_join(root, name))
             return content
 
     shards = choose_shards(listing, read_small, where=url)
@@ -70,7 +70,7 @@ def url_source(reference: ModelReference, cache_dir: Path | None) -> WeightSourc
         for name, content in zip(missing, pool.map(read_small, missing), strict=True):
             write_beside(directory / name, content)
         for name in shards.files:
-            reader = UrlReader(filesystem, f"{root}/{name}", url=url)
+            reader = UrlReader(filesystem, _join(root, name), url=url)
             files[name] = RemoteFile(reader, name=name, version=listing[name], folder=folder, pool=pool)
         fetch_headers(files.values())
         return WeightSource(directory, None, shards, files, pool)
@@ -110,7 +110,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 def _listing(filesystem: Any, root: str) -> dict[str, RemoteVersion]:
     """The files of a folder and of folders below it, with what tells their versions apart."""
-    if filesystem.protocol in ("http", "https") or "http" in filesystem.protocol:
+    if "http" in filesystem.protocol:
         return _probed(filesystem, root)
     found = filesystem.find(root, maxdepth=2, detail=True)
     base = PurePosixPath(root)
@@ -121,7 +121,7 @@ def _probed(filesystem: Any, root: str) -> dict[str, RemoteVersion]:
     listing = dict(_existing(filesystem, root, _PROBED))
     index = "model.safetensors.index.json"
     if index in listing and "model.safetensors" not in listing:
-        weight_map = load_json(filesystem.cat_file(f"{root}/{index}"), file=f"{root}/{index}").get("weight_map")
+        weight_map = load_json(filesystem.cat_file(_join(root, index)), file=_join(root, index)).get("weight_map")
         files = {str(file) for file in weight_map.values()} if isinstance(weight_map, dict) else set()
         listing |= _existing(filesystem, root, sorted(files))
     return listing
@@ -130,9 +130,13 @@ def _probed(filesystem: Any, root: str) -> dict[str, RemoteVersion]:
 def _existing(filesystem: Any, root: str, names: "tuple[str, ...] | list[str]") -> Iterator[tuple[str, RemoteVersion]]:
     for name in names:
         try:
-            yield name, _version(filesystem.info(f"{root}/{name}"))
+            yield name, _version(filesystem.info(_join(root, name)))
         except FileNotFoundError:
             continue
+
+
+def _join(root: str, name: str) -> str:
+    return f"{root}/{name}" if root else name
 
 
 def _version(info: dict[str, Any]) -> RemoteVersion:

@@ -13,6 +13,7 @@ The rules, each checked on every causal language model class of transformers (do
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -134,6 +135,12 @@ def read_architecture(model: Any) -> Architecture:
         for layer, module in enumerate(model.get_submodule(layers))
         for projection in _down_projections(module, f"{layers}.{layer}", layer, hidden_size)
     ]
+    for kind, number in Counter((each.layer, each.experts is None) for each in projections).items():
+        if number > 1:  # a coordinate could not say which is meant
+            names = [each.name for each in projections if (each.layer, each.experts is None) == kind]
+            raise UnsupportedArchitectureError(
+                f"{type(model).__name__} has {number} down projections in one layer: {names}."
+            )
     if not projections:
         raise UnsupportedArchitectureError(
             f"{type(model).__name__} has {layer_count} decoder layers ({layers}) and none of them holds a down projection: no "
@@ -206,7 +213,7 @@ def _mixes_tokens(module: nn.Module) -> bool:
 
 
 def _is_filled_down_projection(layer_module: nn.Module, path: str, module: nn.Module, hidden_size: int) -> bool:
-    if not isinstance(module, nn.Linear | Conv1D) or path.rpartition(".")[2] in NOT_DOWN_PROJECTIONS:
+    if not isinstance(module, nn.Linear | Conv1D) or any(re.search(quirk, path) for quirk in NOT_DOWN_PROJECTIONS):
         return False
     rows, cols = _rows_and_cols(module)
     neighbours = [each for _, each in _feed_forward_modules(layer_module) if isinstance(each, nn.Linear | Conv1D)]

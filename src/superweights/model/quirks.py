@@ -1,11 +1,9 @@
 """Exceptions to the structural rules: one row each, with its reason. Keep this file short."""
 
 NOT_DOWN_PROJECTIONS: dict[str, str] = {
-    "per_layer_projection": "Gemma 3n: adds a per-layer embedding to the stream; nothing of the feed-forward block fills it",
+    r"per_layer_projection$": "Gemma 3n: brings a per-layer embedding into the stream, beside the feed-forward block",
+    r"laurel\.linear_right$": "Gemma 3n: second half of a low-rank residual branch",
+    r"layernorm\.": "A.X-K2: a gate inside a norm",
+    r"adapter_modules\.": "X-MOD: an adapter behind the feed-forward block",
 }
-"""Module names that have a down projection's shape and are none."""
-
-WHOLE_FLOAT32: dict[str, str] = {
-    "jamba": "its Mamba mixers multiply by projection weights past the linear layers",
-}
-"""Model types whose code multiplies by 16-bit weights past the linear layers: all weights are widened when loaded."""
+"""Patterns of module names in a layer that have a down projection's shape and are none."""

@@ -5,8 +5,10 @@ are never written a second time. Which checkpoint tensors feed which parameter, 
 table. This is the only file that touches the internals of transformers' loader.
 """
 
+import inspect
 import mmap
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +39,6 @@ from superweights.errors import (
 )
 from superweights.model import experts
 from superweights.model.architecture import Architecture, read_architecture
-from superweights.model.quirks import WHOLE_FLOAT32
 from superweights.model.widening import WideProducts, install_wide_products, takes_wide_products
 
 NonFinite = Literal["refuse", "zero"]
@@ -194,8 +195,14 @@ def _build_on_meta(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
     model_class, config = _model_class(checkpoint, trust_remote_code=trust_remote_code)
     for part in (config, config.get_text_config(decoder=True)):
         part.dtype = torch.float32
-    with ContextManagers(model_class.get_init_context(torch.float32, False, False, None)):
-        model = model_class(config)
+    try:
+        with ContextManagers(model_class.get_init_context(torch.float32, False, False, None)):
+            model = model_class(config)
+    except Exception as error:
+        raise UnsupportedArchitectureError(
+            f"{checkpoint.reference.name}: transformers cannot build {model_class.__name__} from config.json: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     for name, buffer in list(model.named_non_persistent_buffers()):
         parent, _, leaf = name.rpartition(".")
         model.get_submodule(parent)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
@@ -297,21 +304,30 @@ def _keep_sixteen_bits(
 ) -> None:
     """Leaves the matrices of plain linear layers and packed experts as stored; all else is widened when loaded."""
     stored = {target: checkpoint.tensors[name].dtype for name, target in targets.items()}
-    whole = model.config.model_type in WHOLE_FLOAT32
     for path, module in model.get_submodule(architecture.decoder).named_modules(prefix=architecture.decoder):
         if experts.is_routed(module) or experts.is_batched(module):
             experts.install_observed_experts(module, products)
             matrices = [name for name in ("gate_up_proj", "up_proj", "down_proj") if hasattr(module, name)]
-        elif takes_wide_products(module):
+        elif takes_wide_products(module) and not _weight_is_read_directly(model, path):
             install_wide_products(module, products)
             matrices = ["weight"]
         else:
             continue
         for name in matrices:
             dtype = _SIXTEEN_BITS.get(stored.get(f"{path}.{name}", ""))
-            if dtype is not None and not whole:
+            if dtype is not None:
                 value = torch.empty_like(getattr(module, name), dtype=dtype)
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
+
+
+def _weight_is_read_directly(model: Any, path: str) -> bool:
+    """Whether the parent's code names the layer's weight: to multiply by it, or to cast activations to its dtype."""
+    parent, _, name = path.rpartition(".")
+    try:
+        source = inspect.getsource(type(model.get_submodule(parent)))
+    except OSError:
+        return True
+    return re.search(rf"\b{re.escape(name)}\.weight\b", source) is not None
 
 
 def _set_parameter(model: Any, name: str, value: nn.Parameter) -> None:
