@@ -219,6 +219,32 @@ def save_tiny_checkpoint(
     return Path(directory)
 
 
+def save_planted_checkpoint(
+    directory: str | Path,
+    *,
+    model_type: str = "llama",
+    layer: int = 2,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Coordinate:
+    """Writes a tiny random model with one planted super weight, and its tokenizer; gives the coordinate.
+
+    Args:
+        directory: where to; made when missing.
+        model_type: family, as `causal_lm_families` lists them.
+        layer: decoder layer of the super weight.
+        seed: draws the weights and the row.
+        dtype: dtype of the stored weights.
+    """
+    model = tiny_model(model_type, seed=seed)
+    tokenizer = tiny_tokenizer()
+    coordinate = plant_super_weight(model, layer=layer, tokenizer=tokenizer, seed=seed)
+    with _silent():
+        model.to(dtype).save_pretrained(directory)  # type: ignore[arg-type]
+        tokenizer.save_pretrained(directory)
+    return coordinate
+
+
 @torch.no_grad()
 def plant_super_weight(
     model: PreTrainedModel,
