@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -323,11 +324,16 @@ def _keep_sixteen_bits(
 def _weight_is_read_directly(model: Any, path: str) -> bool:
     """Whether the parent's code names the layer's weight: to multiply by it, or to cast activations to its dtype."""
     parent, _, name = path.rpartition(".")
+    source = _source(type(model.get_submodule(parent)))
+    return source is None or re.search(rf"\b{re.escape(name)}\.weight\b", source) is not None
+
+
+@cache
+def _source(of: type) -> str | None:
     try:
-        source = inspect.getsource(type(model.get_submodule(parent)))
+        return inspect.getsource(of)
     except OSError:
-        return True
-    return re.search(rf"\b{re.escape(name)}\.weight\b", source) is not None
+        return None
 
 
 def _set_parameter(model: Any, name: str, value: nn.Parameter) -> None:
