@@ -240,7 +240,7 @@ def save_planted_checkpoint(
     tokenizer = tiny_tokenizer()
     coordinate = plant_super_weight(model, layer=layer, tokenizer=tokenizer, seed=seed)
     with _silent():
-        model.to(dtype).save_pretrained(directory)  # type: ignore[arg-type]
+        model.to(dtype).save_pretrained(directory)
         tokenizer.save_pretrained(directory)
     return coordinate
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from superweights.checkpoint import Checkpoint, ModelReference
 from superweights.coordinates import Coordinate
-from superweights.errors import ModelError, SuperweightsError
+from superweights.errors import ModelError, SuperweightsError, UsageError
 from superweights.model import experts
 from superweights.model.architecture import Architecture, DownProjection, read_architecture
 from superweights.model.streaming import NonFinite, StreamedWeights
@@ -53,7 +53,7 @@ class LoadedModel:
         self.tokenizer = tokenizer
         self.weights = weights
         self.residency = residency
-        self._factors: dict[Coordinate, float] = {}
+        self._factors: list[tuple[Coordinate, float]] = []
         self._reader = ThreadPoolExecutor(1, "superweights-read")
         self._ahead: tuple[int, Future[None]] | None = None
         self._last_layer = architecture.layer_count - 1
@@ -116,18 +116,23 @@ class LoadedModel:
 
         Raises:
             CoordinateError: a coordinate is not in this model.
+            UsageError: an edit changes nothing. A streamed model knows when the layer is read.
         """
         for coordinate in factors:
             self.architecture.locate(coordinate)
-        before = dict(self._factors)
-        originals = [] if self.residency == "streamed" else self._scale_now(factors)
-        self._factors = {**before, **factors} if self.residency == "streamed" else before
+        before = self._factors
+        originals: list[tuple[torch.Tensor, tuple[int, ...], torch.Tensor]] = []
         try:
+            if self.residency == "streamed":
+                self._factors = [*before, *factors.items()]
+            else:
+                for coordinate, factor in factors.items():
+                    originals.append(self._scale(coordinate, factor))
             yield
         finally:
             self._factors = before
-            for parameter, index, value in originals:
-                parameter[index] = value
+            for parameter, index, original in reversed(originals):
+                parameter[index] = original
 
     @contextmanager
     def attached(self, projection: DownProjection) -> Iterator[torch.Tensor]:
@@ -198,10 +203,9 @@ class LoadedModel:
     def _attach(self, layer: int) -> None:
         if self.weights is not None:
             self.weights.attach_layer(layer)
-        for coordinate, factor in self._factors.items():
+        for coordinate, factor in self._factors:
             if coordinate.layer == layer:
-                projection = self.architecture.locate(coordinate)
-                self._parameter(projection)[projection.index(coordinate)] *= factor
+                self._scale(coordinate, factor)
 
     def _abandon_pass(self) -> None:
         """Leaves nothing attached and nothing being read, also after an error half-way."""
@@ -213,16 +217,18 @@ class LoadedModel:
                 if any(not each.is_meta for each in self.layer(layer).parameters()):
                     self.weights.detach_layer(layer)
 
-    def _scale_now(
-        self, factors: Mapping[Coordinate, float]
-    ) -> list[tuple[torch.Tensor, tuple[int, ...], torch.Tensor]]:
-        originals = []
-        for coordinate, factor in factors.items():
-            projection = self.architecture.locate(coordinate)
-            parameter, index = self._parameter(projection), projection.index(coordinate)
-            originals.append((parameter, index, parameter[index].clone()))
-            parameter[index] *= factor
-        return originals
+    def _scale(self, coordinate: Coordinate, factor: float) -> tuple[torch.Tensor, tuple[int, ...], torch.Tensor]:
+        """Scales an attached weight; gives its parameter, its index and its original value."""
+        projection = self.architecture.locate(coordinate)
+        parameter, index = self._parameter(projection), projection.index(coordinate)
+        original = parameter[index].clone()
+        parameter[index] *= factor
+        if torch.equal(parameter[index], original):
+            raise UsageError(
+                f"Scaling {coordinate} of {self.name} by {factor:g} changes nothing: the weight is {original.item():g}. "
+                "Choose another weight or factor."
+            )
+        return parameter, index, original
 
     def _parameter(self, projection: DownProjection) -> torch.Tensor:
         parameter: torch.Tensor = self.model.get_parameter(projection.name).data
