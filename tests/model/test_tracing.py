@@ -1,6 +1,7 @@
 """A trace against plain loops over what hooks see, and against weights and families it must refuse."""
 
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -299,11 +300,11 @@ def damage(save_family, tmp_path) -> Damage:
 
 # Family, tensor, its row (of packed experts: one that the prompts reach), and what the message calls it.
 DAMAGED = [
-    ("llama", "model.layers.2.mlp.down_proj.weight", None, "decoder layer 2 has .*: model.layers.2.mlp.down_proj.weight (3)"),
-    ("llama", "model.layers.0.self_attn.q_proj.weight", None, "layer 0 has .*: model.layers.0.self_attn.q_proj.weight (3)"),
-    ("llama", "model.layers.4.input_layernorm.weight", None, "layer 4 has .*: model.layers.4.input_layernorm.weight (3)"),
-    ("gpt2", "transformer.h.1.mlp.c_proj.bias", None, "layer 1 has .*: transformer.h.1.mlp.c_proj.bias (3)"),
-    ("gpt_oss", "model.layers.1.mlp.experts.down_proj", 2, "layer 1 has .*: model.layers.1.mlp.experts.down_proj (3)"),
+    ("llama", "model.layers.2.mlp.down_proj.weight", None, "decoder layer 2 has NaN or infinite weights: model.layers.2.mlp.down_proj.weight (3)"),
+    ("llama", "model.layers.0.self_attn.q_proj.weight", None, "layer 0 has NaN or infinite weights: model.layers.0.self_attn.q_proj.weight (3)"),
+    ("llama", "model.layers.4.input_layernorm.weight", None, "layer 4 has NaN or infinite weights: model.layers.4.input_layernorm.weight (3)"),
+    ("gpt2", "transformer.h.1.mlp.c_proj.bias", None, "layer 1 has NaN or infinite weights: transformer.h.1.mlp.c_proj.bias (3)"),
+    ("gpt_oss", "model.layers.1.mlp.experts.down_proj", 2, "layer 1 has NaN or infinite weights: model.layers.1.mlp.experts.down_proj (3)"),
     ("gpt2", "transformer.wpe.weight", None, "transformer.wpe.weight (3)"),
 ]
 
@@ -313,9 +314,9 @@ DAMAGED = [
 @pytest.mark.parametrize(("family", "tensor", "row", "message"), DAMAGED)
 def test_non_finite_weights_are_named_and_counted(family, tensor, row, message, value, residency, damage):
     with sw.load(damage(family, tensor, value, count=3, row=row), residency=residency) as model:
-        pattern = message.replace("(", r"\(").replace(")", r"\)")
-        with pytest.raises(NonFiniteWeightsError, match=pattern) as caught:
+        with pytest.raises(NonFiniteWeightsError) as caught:
             trace(model, default_prompts(model))
+        assert message in str(caught.value)
         assert "--nonfinite zero" in str(caught.value)
 
 
@@ -340,7 +341,7 @@ def test_non_finite_weights_of_a_model_in_memory_are_named(name):
         model.get_parameter(name)[:, 0] = math.nan
     with (
         sw.load(model, tokenizer=tiny_tokenizer()) as loaded,
-        pytest.raises(NonFiniteWeightsError, match=rf"{name} \({len(model.get_parameter(name))}\)"),
+        pytest.raises(NonFiniteWeightsError, match=re.escape(name)),
     ):
         trace(loaded, default_prompts(loaded))
 

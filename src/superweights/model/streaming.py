@@ -324,12 +324,13 @@ def _keep_sixteen_bits(
 def _weight_is_read_directly(model: Any, path: str) -> bool:
     """Whether the parent's code names the layer's weight: to multiply by it, or to cast activations to its dtype."""
     parent, _, name = path.rpartition(".")
-    source = _source(type(model.get_submodule(parent)))
+    parent_class: Any = type(model.get_submodule(parent))
+    source = _source(parent_class)
     return source is None or re.search(rf"\b{re.escape(name)}\.weight\b", source) is not None
 
 
 @cache
-def _source(of: type) -> str | None:
+def _source(of: Any) -> str | None:
     try:
         return inspect.getsource(of)
     except OSError:
