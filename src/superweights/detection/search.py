@@ -98,7 +98,8 @@ def _ranked(model: LoadedModel, candidates: Sequence[Candidate]) -> tuple[Candid
         projection = model.architecture.locate(candidate.coordinate)
         with model.attached(projection) as parameter:
             matrix = parameter if candidate.coordinate.expert is None else parameter[candidate.coordinate.expert]
-            larger = int((matrix.abs() > abs(candidate.value)).sum())
+            # In pieces: the comparison takes memory of its own.
+            larger = sum(int((piece.abs() > abs(candidate.value)).sum()) for piece in matrix.split(512))
             ranked.append(replace(candidate, rank=larger + 1, matrix_size=matrix.numel()))
     return tuple(ranked)
 
