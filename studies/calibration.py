@@ -39,10 +39,36 @@ NEAR_RATIO = 60.0
 """A planted size just above the default bar: here a threshold shows its effect first."""
 THRESHOLDS = tuple(each.name for each in fields(DetectionSettings) if each.name != "rounds")
 FACTORS = (0.5, 2.0)
-SENSITIVITY_FAMILIES = (
-    "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text olmo olmo2 phi phi3 gpt2 gpt_neox gptj opt falcon bloom mpt "
-    "stablelm granite cohere mixtral qwen2_moe qwen3_moe olmoe deepseek_v3 gpt_oss llama4_text"
-).split()
+SENSITIVITY_FAMILIES = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "olmo",
+    "olmo2",
+    "phi",
+    "phi3",
+    "gpt2",
+    "gpt_neox",
+    "gptj",
+    "opt",
+    "falcon",
+    "bloom",
+    "mpt",
+    "stablelm",
+    "granite",
+    "cohere",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "deepseek_v3",
+    "gpt_oss",
+    "llama4_text",
+]
 """Where every threshold is moved; all families would take an hour."""
 TRAINED = Path(__file__).parents[2] / "shared" / "models"
 
@@ -90,7 +116,7 @@ def main() -> None:
         [Case(family, seed, 1, ratio=ratio) for ratio in RATIOS for family in near for seed in seeds], "planted sizes"
     )
     sensitivity = measure_sensitivity(near, seeds)
-    trained = {path.name: trained_candidates(path) for path in sorted(TRAINED.glob("*/")) if path.is_dir()}
+    trained = {path.name: trained_candidates(path) for path in trained_models()}
     report = {
         "versions": versions(),
         "seconds": round(time.monotonic() - started),
@@ -149,22 +175,27 @@ def planted_cases(families: Iterable[str], seeds: Iterable[int]) -> Iterator[Cas
             yield from (Case(family, seed, layer, routed) for routed in kinds for seed in seeds)
 
 
-def run(cases: Sequence[Case], task: str, settings: DetectionSettings | None = None) -> list[Outcome]:
-    """Searches one model a case."""
+def run(cases: Sequence[Case], task: str) -> list[Outcome]:
+    """Searches one model a case with the default settings."""
+    return [outcomes[0] for outcomes in run_each(cases, task, [DetectionSettings()])]
+
+
+def run_each(cases: Sequence[Case], task: str, settings: Sequence[DetectionSettings]) -> list[list[Outcome]]:
+    """Searches one model a case, once for each of the settings."""
     progress = RichProgress()
     progress.start(task, total=len(cases), unit="models")
     outcomes = []
     try:
         for case in cases:
-            outcomes.append(judge(case, settings or DetectionSettings()))
+            outcomes.append(judge(case, settings))
             progress.advance()
     finally:
         progress.finish()
     return outcomes
 
 
-def judge(case: Case, settings: DetectionSettings) -> Outcome:
-    """Builds the model of a case, plants, searches and compares."""
+def judge(case: Case, settings: Sequence[DetectionSettings]) -> list[Outcome]:
+    """Builds the model of a case, plants, searches with each of the settings and compares."""
     model, tokenizer = tiny_model(case.family, seed=case.seed), tiny_tokenizer()
     expected = []
     if case.layer is not None:
@@ -173,10 +204,10 @@ def judge(case: Case, settings: DetectionSettings) -> Outcome:
                 model, layer=case.layer, tokenizer=tokenizer, routed=case.routed, ratio=case.ratio, seed=case.seed
             )
         except UsageError as error:
-            return Outcome(case, "not planted", (), note=str(error))
+            return [Outcome(case, "not planted", (), note=str(error))] * len(settings)
         expected = [str(planted)]
     with load(model, tokenizer=tokenizer) as loaded:
-        return compare(case, find(loaded, settings=settings), expected)
+        return [compare(case, find(loaded, settings=each), expected) for each in settings]
 
 
 def compare(case: Case, findings: Findings, expected: list[str]) -> Outcome:
@@ -202,32 +233,36 @@ def _largest_ratio(findings: Findings) -> float:
 
 def measure_sensitivity(families: Sequence[str], seeds: Iterable[int]) -> list[dict[str, Any]]:
     """Recall and false positives with each threshold at half and double its value, one moved at a time."""
-    rows = []
-    for name, factor in [("", 1.0), *((name, factor) for name in THRESHOLDS for factor in FACTORS)]:
-        settings = moved(name, factor)
-        cases = [
-            *(Case(family, seed) for family in families for seed in seeds),
-            *(Case(family, seed, 1, ratio=ratio) for ratio in (NEAR_RATIO, RATIO) for family in families for seed in seeds),
-        ]
-        outcomes = run(cases, f"{name or 'defaults'} x{factor:g}", settings)
-        by_ratio = {
-            ratio: Counter(each.verdict for each in outcomes if each.case.layer and each.case.ratio == ratio)
-            for ratio in (NEAR_RATIO, RATIO)
+    moves = [("", 1.0), *((name, factor) for name in THRESHOLDS for factor in FACTORS)]
+    settings = [moved(name, factor) for name, factor in moves]
+    pairs = [(family, seed) for family in families for seed in seeds]
+    random = run_each([Case(*pair) for pair in pairs], "thresholds, nothing planted", settings)
+    planted = {
+        ratio: run_each([Case(*pair, 1, ratio=ratio) for pair in pairs], f"thresholds, planted at {ratio:g}", settings)
+        for ratio in (NEAR_RATIO, RATIO)
+    }
+    return [
+        {
+            "threshold": name or "none moved",
+            "value": getattr(settings[place], name) if name else None,
+            "planted": {
+                str(ratio): dict(Counter(each[place].verdict for each in outcomes))
+                for ratio, outcomes in planted.items()
+            },
+            "random_with_candidates": sum(each[place].verdict == "extra" for each in random),
+            "random": len(random),
+            "trained": {
+                path.name: [each["coordinate"] for each in trained_candidates(path, settings[place])]
+                for path in trained_models()
+            },
         }
-        rows.append(
-            {
-                "threshold": name or "none moved",
-                "value": getattr(settings, name) if name else None,
-                "planted": {str(ratio): dict(counts) for ratio, counts in by_ratio.items()},
-                "random_with_candidates": sum(each.verdict == "extra" for each in outcomes if each.case.layer is None),
-                "random": sum(each.case.layer is None for each in outcomes),
-                "trained": {
-                    path.name: [each["coordinate"] for each in trained_candidates(path, settings)]
-                    for path in sorted(TRAINED.glob("*/"))
-                },
-            }
-        )
-    return rows
+        for place, (name, _) in enumerate(moves)
+    ]
+
+
+def trained_models() -> list[Path]:
+    """The trained models that are here; none in a checkout alone."""
+    return sorted(path.parent for path in TRAINED.glob("*/config.json"))
 
 
 def moved(name: str, factor: float) -> DetectionSettings:
@@ -279,7 +314,10 @@ def recall_table(plain: Sequence[Outcome], planted: Sequence[Outcome]) -> str:
 
 def size_table(sizes: Sequence[Outcome]) -> str:
     """Where detection begins."""
-    lines = ["| planted size (medians) | planted | found exactly | missed | false positive beside |", "| --- " * 5 + "|"]
+    lines = [
+        "| planted size (medians) | planted | found exactly | missed | false positive beside |",
+        "| --- " * 5 + "|",
+    ]
     for ratio in RATIOS:
         counts = Counter(each.verdict for each in sizes if each.case.ratio == ratio)
         tried = sum(counts.values()) - counts["not planted"]
@@ -290,7 +328,14 @@ def size_table(sizes: Sequence[Outcome]) -> str:
 def sensitivity_table(rows: Sequence[dict[str, Any]]) -> str:
     """One line a threshold and value."""
     names = list(rows[0]["trained"])
-    head = ["threshold", "value", f"recall at {NEAR_RATIO:g}", f"recall at {RATIO:g}", "extra", "random with candidates"]
+    head = [
+        "threshold",
+        "value",
+        f"recall at {NEAR_RATIO:g}",
+        f"recall at {RATIO:g}",
+        "extra",
+        "random with candidates",
+    ]
     lines = ["| " + " | ".join([*head, *names]) + " |", "| --- " * (len(head) + len(names)) + "|"]
     for row in rows:
         counts = [row["planted"][str(ratio)] for ratio in (NEAR_RATIO, RATIO)]

@@ -12,7 +12,7 @@ from superweights.errors import CoordinateError
 _TEXT = re.compile(r"(\d+)(?:/(\d+))?:(\d+):(\d+)")
 
 
-@dataclass(frozen=True, order=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Coordinate:
     """One scalar of a down projection.
 
@@ -47,6 +47,13 @@ class Coordinate:
             )
         layer, expert, row, col = match.groups()
         return cls(int(layer), None if expert is None else int(expert), int(row), int(col))
+
+    def __lt__(self, other: "Coordinate") -> bool:
+        return self._order < other._order
+
+    @property
+    def _order(self) -> tuple[int, int, int, int]:
+        return self.layer, -1 if self.expert is None else self.expert, self.row, self.col
 
     def __str__(self) -> str:
         expert = "" if self.expert is None else f"/{self.expert}"

@@ -283,6 +283,10 @@ def test_none_because_no_scalar_is_decisive() -> None:
 
 def test_one_sentence_of_each_kind_names_the_settings_in_force() -> None:
     assert "the bar is 500 medians" in reason_for(trace_of(jump()), DetectionSettings(massive_ratio=500.0))
-    assert "the bar 0.9" in reason_for(
-        trace_of(jump(terms=(term("1:5:9", 300.0),))), DetectionSettings(term_share=0.9)
-    )
+    assert "the bar 0.9" in reason_for(trace_of(jump(terms=(term("1:5:9", 300.0),))), DetectionSettings(term_share=0.9))
+
+
+def test_none_where_two_tokens_have_the_same_share() -> None:
+    one = jump(position=1, terms=(term("1:5:9", 100.0),))
+    other = jump(position=2, output=200.0, terms=(term("1:5:8", 50.0),))
+    assert "no scalar is decisive: the largest share is 0.25" in reason_for(trace_of(one, other))

@@ -7,10 +7,36 @@ from superweights.detection.search import find
 from superweights.model.loading import load
 from superweights.testing import plant_super_weight, tiny_model
 
-FAMILIES = (
-    "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text olmo olmo2 phi phi3 gpt2 gpt_neox gptj opt falcon bloom mpt "
-    "stablelm granite cohere mixtral qwen2_moe qwen3_moe olmoe deepseek_v3 gpt_oss llama4_text"
-).split()
+FAMILIES = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "olmo",
+    "olmo2",
+    "phi",
+    "phi3",
+    "gpt2",
+    "gpt_neox",
+    "gptj",
+    "opt",
+    "falcon",
+    "bloom",
+    "mpt",
+    "stablelm",
+    "granite",
+    "cohere",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "deepseek_v3",
+    "gpt_oss",
+    "llama4_text",
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

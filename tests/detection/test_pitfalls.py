@@ -4,12 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from superweights.detection.candidates import Bars, DetectionSettings, find_candidates, group_sets
-from superweights.detection.search import FLOAT16_MAX, Findings, find
-from superweights.model.loading import load
-from superweights.testing import plant_super_weight, save_planted_checkpoint, tiny_model, tiny_tokenizer
-
 from building import (
     TOKENIZER,
     at,
@@ -22,6 +16,11 @@ from building import (
     set_neuron,
     set_weights,
 )
+
+from superweights.detection.candidates import Bars, DetectionSettings, find_candidates, group_sets
+from superweights.detection.search import FLOAT16_MAX, Findings, find
+from superweights.model.loading import load
+from superweights.testing import plant_super_weight, save_planted_checkpoint, tiny_model, tiny_tokenizer
 
 
 def llama_with(
@@ -113,7 +112,9 @@ def test_a_remover_in_the_last_layers(layer: int) -> None:
     fire(model, at("."), layer=layer, col=11, size=100)
     set_weights(model, {f"{layer}:20:11": -3.0})
     found = search(model)
-    dot = next(i for i, (p, t) in enumerate(found.traces[0].positions) if found.traces[0].prompts[p].token_texts[t] == ".")
+    dot = next(
+        i for i, (p, t) in enumerate(found.traces[0].positions) if found.traces[0].prompts[p].token_texts[t] == "."
+    )
     assert abs(found.traces[0].stream[layer, dot, 20]) > 250
     assert abs(found.traces[0].stream[layer + 1, dot, 20]) < 50  # it does remove
     assert coordinates(found) == ["1:20:7"]

@@ -36,13 +36,15 @@ def uniform(decoder: str, layers: str, *shapes: Shape) -> Expected:
     return Expected(decoder, f"{decoder}.{layers}", shapes, shapes)
 
 
-_LLAMA_LIKE = uniform("model", "layers", Shape("mlp.down_proj.weight"))
+_LIKE_LLAMA = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "phi3", "stablelm", "granite",
+    "cohere",
+)  # fmt: skip
+_LLAMA = uniform("model", "layers", Shape("mlp.down_proj.weight"))
 _ROUTED = Shape("mlp.experts.down_proj", 48, experts=4)
 
 EXPECTED = {
-    **dict.fromkeys(
-        "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text olmo olmo2 phi3 stablelm granite cohere".split(), _LLAMA_LIKE
-    ),
+    **dict.fromkeys(_LIKE_LLAMA, _LLAMA),
     "phi": uniform("model", "layers", Shape("mlp.fc2.weight")),
     "gpt2": uniform("transformer", "h", Shape("mlp.c_proj.weight", transposed=True)),
     "gpt_neox": uniform("gpt_neox", "layers", Shape("mlp.dense_4h_to_h.weight")),

@@ -47,7 +47,9 @@ def test_required_family_is_read_exactly(family):
         prefix = f"{expected.layers}.{layer}."
         read = [(each.name.removeprefix(prefix), each.cols, each.transposed, each.experts)
                 for each in found.in_layer(layer)]  # fmt: skip
-        assert sorted(read, key=str) == sorted(((each.path, each.cols, each.transposed, each.experts) for each in shapes), key=str)
+        assert sorted(read, key=str) == sorted(
+            ((each.path, each.cols, each.transposed, each.experts) for each in shapes), key=str
+        )
         for shape in shapes:
             assert tuple(model.get_parameter(f"{prefix}{shape.path}").shape) == shape.stored
     assert all(each.rows == HIDDEN for each in found.down_projections)
@@ -67,7 +69,9 @@ def test_any_family_is_read_whole_or_refused(family):
     assert shaped_like_a_down_projection(model, found) <= listed
     for each in found.down_projections:
         stored = (each.cols, each.rows) if each.transposed else (each.rows, each.cols)
-        assert tuple(model.get_parameter(each.name).shape) == (stored if each.experts is None else (each.experts, *stored))
+        assert tuple(model.get_parameter(each.name).shape) == (
+            stored if each.experts is None else (each.experts, *stored)
+        )
         assert each.rows == found.hidden_size == HIDDEN
 
 
@@ -143,7 +147,7 @@ def test_locate_takes_the_last_valid_place(coordinate):
             "2:0:0 does not fit layer 2, which has routed experts only: write LAYER/EXPERT:ROW:COL.",
         ),
         ("mixtral", "2/4:0:0", "2/4:0:0 names expert 4; the experts are 0 to 3."),
-        ("mixtral", "2/1:64:0", "2/1:64:0 is outside model.layers.2.mlp.experts.down_proj: rows are 0 to 63, cols are 0 to 111."),
+        ("mixtral", "2/1:64:0", "2/1:64:0 is outside model.layers.2.mlp.experts.down_proj: rows are 0 to 63, cols are 0 to 111."),  # noqa: E501
         ("nemotron_h", "0:0:0", "0:0:0 does not fit layer 0, which has no down projection."),
         ("nemotron_h", "0/1:0:0", "0/1:0:0 does not fit layer 0, which has no down projection."),
     ],

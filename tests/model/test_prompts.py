@@ -41,14 +41,14 @@ def test_default_texts_hold_what_super_activations_sit_on():
 
 
 def test_an_empty_text_is_left_out_but_for_its_first_token():
-    assert [each.token_ids for each in make_prompts(tiny_tokenizer(), ["", "a"], vocabulary=128)][0] == (1,)
+    assert make_prompts(tiny_tokenizer(), ["", "a"], vocabulary=128)[0].token_ids == (1,)
 
 
 @pytest.mark.parametrize("texts", [[], [""]])
 def test_no_tokens_at_all_are_refused(texts):
     tokenizer = tiny_tokenizer()
     tokenizer.bos_token = None
-    with pytest.raises(UsageError, match="give no tokens. Give at least one prompt with text"):
+    with pytest.raises(UsageError, match=r"give no tokens\. Give at least one prompt with text"):
         make_prompts(tokenizer, texts, vocabulary=128)
 
 

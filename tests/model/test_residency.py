@@ -1,8 +1,9 @@
 """Two residencies, one model: resident, streamed, and transformers' own way of loading give the same pass."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import superweights as sw
 from superweights.checkpoint import Checkpoint
 from superweights.coordinates import Coordinate
 from superweights.detection.search import default_prompts
-from superweights.errors import CoordinateError
+from superweights.errors import CoordinateError, UsageError
 from superweights.model.loading import LoadedModel
 from superweights.model.tracing import Trace, trace
 from superweights.testing import tiny_tokenizer
@@ -46,22 +47,30 @@ def same(one: Trace, other: Trace) -> bool:
     return torch.equal(one.stream, other.stream) and one.peaks == other.peaks and one.jumps == other.jumps
 
 
+@pytest.fixture(scope="module")
+def streamed_pass(save_family) -> Callable[[str], Trace]:
+    """A family's streamed pass, run once."""
+    return cache(lambda family: loaded_pass(save_family(family), residency="streamed"))
+
+
 @pytest.mark.parametrize("family", EXPECTED)
-def test_both_residencies_give_the_same_bits(family, save_family):
-    resident, streamed = (loaded_pass(save_family(family), residency=each) for each in RESIDENCIES)
+def test_both_residencies_give_the_same_bits(family, save_family, streamed_pass):
+    resident, streamed = loaded_pass(save_family(family)), streamed_pass(family)
     assert streamed.jumps
     assert streamed.stream.shape[0] == LAYERS + 1
     assert same(resident, streamed)
 
 
 @pytest.mark.parametrize("family", EXPECTED)
-def test_our_loading_gives_what_transformers_loading_gives(family, save_family):
+def test_our_loading_gives_what_transformers_loading_gives(family, save_family, streamed_pass):
     theirs = AutoModelForCausalLM.from_pretrained(save_family(family), dtype=torch.float32)
     with sw.load(theirs, tokenizer=tiny_tokenizer()) as model:
         reference = pass_of(model)
-    streamed = loaded_pass(save_family(family), residency="streamed")
+    streamed = streamed_pass(family)
     # Ours adds a bias after the product and widens 16-bit weights by tiles; both only move the last bits of float32.
-    torch.testing.assert_close(streamed.stream, reference.stream, rtol=0, atol=1e-5 * reference.stream.abs().max().item())
+    torch.testing.assert_close(
+        streamed.stream, reference.stream, rtol=0, atol=1e-5 * reference.stream.abs().max().item()
+    )
     assert [(each.module, each.expert, each.side, each.channel) for each in streamed.peaks] == [
         (each.module, each.expert, each.side, each.channel) for each in reference.peaks
     ]
@@ -162,6 +171,32 @@ def test_a_coordinate_out_of_range_changes_nothing(residency, save_family):
         with pytest.raises(CoordinateError, match="cols are 0 to 111"), model.edited(factors):
             raise AssertionError("the edit was entered")
         assert same(pass_of(model), before)
+
+
+@pytest.mark.parametrize("residency", RESIDENCIES)
+@pytest.mark.parametrize("factors", [{"1:3:5": 1.0}, {"2:8:9": 0.5, "1:3:5": 1.0}])
+def test_an_edit_that_changes_nothing_is_refused_and_leaves_nothing(factors, residency, save_family):
+    """A streamed model knows when the layer is read, a resident one at once."""
+    with sw.load(save_family("llama"), residency=residency) as model:
+        before, entered = pass_of(model), False
+        with (
+            pytest.raises(UsageError, match=r"Scaling 1:3:5 of .* by 1 changes nothing: the weight is 40\."),
+            model.edited({Coordinate.parse(text): factor for text, factor in factors.items()}),
+        ):
+            entered = True
+            pass_of(model)
+        assert entered == (residency == "streamed")
+        assert same(pass_of(model), before)
+        assert attached_layers(model) == ([] if residency == "streamed" else list(range(LAYERS)))
+
+
+def test_an_attachment_that_fails_leaves_nothing_attached(save_family):
+    coordinate = Coordinate.parse("1:3:5")
+    with sw.load(save_family("llama"), residency="streamed") as model:
+        projection = model.architecture.locate(coordinate)
+        with pytest.raises(UsageError), model.edited({coordinate: 1.0}), model.attached(projection):
+            raise AssertionError("the layer was given out")
+        assert attached_layers(model) == []
 
 
 @pytest.mark.parametrize("family", EDITS)

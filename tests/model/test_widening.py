@@ -62,7 +62,9 @@ def test_large_products_are_float32_products(products, dtype, tokens, rows, cols
     assert rows * cols > widening._SMALL
     inputs = draw(tokens, cols, dtype=torch.float32)
     weight = draw(cols, rows, dtype=dtype, seed=1) if transposed else draw(rows, cols, dtype=dtype, seed=1)
-    assert_is_the_product(products.product(inputs, weight, transposed=transposed), inputs, weight, transposed=transposed)
+    assert_is_the_product(
+        products.product(inputs, weight, transposed=transposed), inputs, weight, transposed=transposed
+    )
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -112,7 +114,9 @@ def test_products_outside_the_range_of_float16_are_finite(products):
 def test_an_installed_linear_multiplies_in_float32(products, dtype, bias):
     module = nn.Linear(6, 4, bias=bias).to(dtype)
     inputs = draw(2, 3, 6, dtype=torch.float32)
-    reference = nn.functional.linear(inputs, module.weight.float(), None if module.bias is None else module.bias.float())
+    reference = nn.functional.linear(
+        inputs, module.weight.float(), None if module.bias is None else module.bias.float()
+    )
     assert takes_wide_products(module)
     install_wide_products(module, products)
     found = module(inputs)

@@ -3,13 +3,17 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from superweights.cli.model_options import (
     DEFAULT_MODEL_OPTIONS,
+    FILE,
+    HYPHEN_ALLOWED,
     ModelOptions,
+    add_warnings,
+    check_targets,
     describe_model_run,
     last_layer,
     open_model,
@@ -22,7 +26,7 @@ from superweights.detection.search import find as search
 from superweights.model.loading import LoadedModel
 from superweights.progress import RichProgress
 from superweights.results.records import CandidateRecord, NoteRecord, Record, Run
-from superweights.results.store import write_records
+from superweights.results.store import STANDARD_STREAM, write_records
 
 
 @Parameter(name="*", negative=())
@@ -33,9 +37,9 @@ class FindSettings:
     method: Literal["residual", "paper"] = "residual"
     """residual: from the residual stream, remove and repeat. paper: pair the largest input and output of each down projection
     in one pass, as the paper's code does; kept for comparison."""
-    out: str | None = None
+    out: Annotated[str | None, FILE, HYPHEN_ALLOWED] = None
     """Write all records (peaks, candidates, notes) to this .jsonl file; - writes them to stdout in place of the table."""
-    plot: str | None = None
+    plot: Annotated[str | None, FILE] = None
     """Draw max |input| and |output| of the down projections by layer to this .png, .svg, .pdf or .html file."""
 
 
@@ -61,11 +65,11 @@ def find(
     Args:
         model: A directory, a Hub name or a URL.
     """
-    from superweights.report.saving import checked_suffix
-
-    if settings.plot is not None:
-        checked_suffix(settings.plot)  # a wrong name must not cost a search
+    check_targets(records=settings.out, charts=[settings.plot])
     with open_model(model, options) as loaded:
+        run = describe_model_run(
+            loaded, options, command=sys.argv, settings={"method": settings.method, **asdict(detection)}
+        )
         findings = search(
             loaded,
             prompts=default_prompts(loaded, options.prompt),
@@ -74,13 +78,12 @@ def find(
             last_layer=last_layer(loaded, options.layers),
             progress=RichProgress(),
         )
-        run = describe_model_run(
-            loaded, options, command=sys.argv, settings={"method": settings.method, **asdict(detection)}
-        )
         records = list(record_findings(findings))
-        _leave(settings, run, records, model)
-        if settings.out != "-":
-            _show(loaded, findings, records, output)
+        try:
+            _leave(settings, add_warnings(run, loaded), records, model)
+        finally:  # a full disk must not cost the answer
+            if settings.out != STANDARD_STREAM:
+                _show(loaded, findings, records, output)
     return 0
 
 
@@ -103,8 +106,11 @@ def _show(loaded: LoadedModel, findings: Findings, records: Sequence[Record], ou
     write_text("".join(f"\n{each.text}" for each in records if isinstance(each, NoteRecord)) + "\n")
     if candidates:
         write_text(
-            "\nshare: part of the layer's output to this channel that W[row, col] * x[col] makes; stream share: part of the "
-            "super activation.\npersists: part of the later layers that keep it. Candidates of one set share a row or a col.\n"
+            "\nx, y: input at col and output at row of the layer's down projections, at this token of this prompt.\n"
+            "share: part of y that W[row, col] * x makes; stream share: part of the super activation.\n"
+            "medians: size of the super activation in medians of the residual stream; persists: part of the later layers that "
+            "keep it.\nset: candidates of one set share a row or a col; round: 0 is the unedited model, then what was found is "
+            "removed.\n"
         )
 
 

@@ -1,16 +1,35 @@
-"""What every verb that runs a model asks: where the weights live, which prompts run, how far."""
+"""What every verb that runs a model asks: where the weights live, which prompts run, how far, where results go."""
 
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from errno import EISDIR
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from superweights.errors import UsageError
+from superweights.errors import RecordError, UsageError
 from superweights.results.provenance import describe_run
 from superweights.results.records import Run
+from superweights.results.store import STANDARD_STREAM
 
 if TYPE_CHECKING:
     from superweights.model.loading import LoadedModel
+
+_log = logging.getLogger(__name__)
+
+
+def _refuse_option(_: object, value: str | None) -> None:
+    if value is not None and value.startswith("-") and value != STANDARD_STREAM:
+        raise ValueError("That is an option, not a value.")
+
+
+FILE = Parameter(metavar="FILE")
+"""An option that takes the name of a file."""
+HYPHEN_ALLOWED = Parameter(allow_leading_hyphen=True, validator=_refuse_option)
+"""An option that may be `-`, which would otherwise be taken for the start of an option."""
 
 
 @Parameter(name="*", negative=())
@@ -18,9 +37,9 @@ if TYPE_CHECKING:
 class ModelOptions:
     """How the model is run."""
 
-    layers: str | None = None
+    layers: Annotated[str | None, Parameter(metavar="0:N")] = None
     """Decoder layers to run, as 0:4 for the first four. All by default; the first few are much faster to fetch and run."""
-    prompt: tuple[str, ...] = ()
+    prompt: Annotated[tuple[str, ...], Parameter(metavar="TEXT", show_default=False)] = ()
     """A further prompt, beside the built-in ones. May be given several times."""
     residency: Literal["streamed", "resident"] = "streamed"
     """Hold one decoder layer in memory at a time, or all. Same results, bit by bit."""
@@ -70,10 +89,40 @@ def last_layer(model: "LoadedModel", layers: str | None) -> int | None:
     return int(stop) - 1
 
 
+def check_targets(*, records: str | None, charts: Iterable[str | None]) -> None:
+    """Refuses what could not be written: a wrong name must not cost a forward pass.
+
+    Args:
+        records: where the records are to go; - is stdout.
+        charts: where charts are to go.
+
+    Raises:
+        UnknownNameError: no chart is written with that suffix.
+        RecordError: nothing can be written there.
+    """
+    from superweights.report.saving import checked_suffix
+
+    drawn = [chart for chart in charts if chart is not None]
+    for chart in drawn:
+        checked_suffix(chart)
+    for target in drawn if records in (None, STANDARD_STREAM) else [str(records), *drawn]:
+        path = Path(target)
+        try:
+            if path.is_dir():
+                raise IsADirectoryError(EISDIR, "Is a directory")
+            if path.is_file() or not path.exists():  # a device or a pipe is written as it is
+                with TemporaryFile(dir=path.resolve().parent):
+                    pass
+        except OSError as error:
+            raise RecordError(
+                f"Cannot write {target}: {error.strerror}. Give a file in a folder that you can write."
+            ) from error
+
+
 def describe_model_run(
     model: "LoadedModel", options: ModelOptions, *, command: list[str], settings: dict[str, Any]
 ) -> Run:
-    """The first record of a run of this model."""
+    """The first record of a run of this model; call it before the first pass, and `add_warnings` after the last."""
     checkpoint = model.checkpoint
     weights = {entry.dtype: entry.numel for entry in checkpoint.tensors.values()} if checkpoint else {}
     return describe_run(
@@ -86,8 +135,16 @@ def describe_model_run(
         residency=model.residency,
         device="cpu",
         settings={**settings, "layers": options.layers, "nonfinite": options.nonfinite},
-        warnings=[
-            f"{count} NaN or infinite weights of {name} were set to 0"
-            for name, count in (model.weights.zeroed if model.weights else {}).items()
-        ],
     )
+
+
+def add_warnings(run: Run, model: "LoadedModel") -> Run:
+    """The run with what its passes must warn about, which the user is told as well."""
+    zeroed = model.weights.zeroed if model.weights else {}
+    warnings = tuple(
+        f"{count} NaN or infinite {'weight' if count == 1 else 'weights'} of {name} set to 0"
+        for name, count in zeroed.items()
+    )
+    for warning in warnings:
+        _log.warning(warning)
+    return run.model_copy(update={"warnings": warnings})

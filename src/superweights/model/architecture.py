@@ -104,11 +104,11 @@ class Architecture:
                 seen = "no routed experts: write LAYER:ROW:COL"
             raise CoordinateError(f"{coordinate} does not fit layer {coordinate.layer}, which has {seen}.")
         projection = fitting[0]
-        if coordinate.expert is not None and projection.experts is not None and coordinate.expert >= projection.experts:
+        if coordinate.expert is not None and projection.experts is not None and not 0 <= coordinate.expert < projection.experts:
             raise CoordinateError(
                 f"{coordinate} names expert {coordinate.expert}; the experts are 0 to {projection.experts - 1}."
             )
-        if coordinate.row >= projection.rows or coordinate.col >= projection.cols:
+        if not (0 <= coordinate.row < projection.rows and 0 <= coordinate.col < projection.cols):
             raise CoordinateError(
                 f"{coordinate} is outside {projection.name}: rows are 0 to {projection.rows - 1}, "
                 f"cols are 0 to {projection.cols - 1}."

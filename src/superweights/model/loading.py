@@ -61,6 +61,8 @@ class LoadedModel:
         self._hooks = [hook for layer in range(architecture.layer_count) for hook in self._hook_layer(layer)]
         self._products = weights.products if weights else WideProducts(1)
         self._watched = [] if weights else self._watch_experts()
+        self._training = [module for module in model.modules() if module.training]
+        model.eval()
 
     @property
     def checkpoint(self) -> Checkpoint | None:
@@ -102,13 +104,21 @@ class LoadedModel:
         except SuperweightsError:
             raise
         except Exception as error:
+            outside = [name for name, each in self.outside_layers() if each.is_meta]
+            absent = f" The checkpoint has no tensor for {', '.join(outside[:5])}." if outside else ""
             raise ModelError(
                 f"Running {self.name}: the forward pass of {type(self.decoder).__name__} failed with "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {error}{absent}"
             ) from error
         finally:
             progress.finish()
             self._abandon_pass()
+
+    def outside_layers(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The decoder's parameters outside its layers, by full name."""
+        for name, value in self.decoder.named_parameters(prefix=self.architecture.decoder):
+            if not name.startswith(f"{self.architecture.layers}."):
+                yield name, value
 
     @contextmanager
     def edited(self, factors: Mapping[Coordinate, float]) -> Iterator[None]:
@@ -138,9 +148,9 @@ class LoadedModel:
     def attached(self, projection: DownProjection) -> Iterator[torch.Tensor]:
         """Gives the stored parameter of a down projection, loaded for as long as the context lasts."""
         loads = self.weights is not None and self.residency == "streamed"
-        if loads:
-            self._attach(projection.layer)
         try:
+            if loads:
+                self._attach(projection.layer)
             yield self._parameter(projection)
         finally:
             if loads and self.weights is not None:
@@ -160,6 +170,8 @@ class LoadedModel:
         for module in self._watched:
             experts.remove_observed_experts(module)
         self._products.close()
+        for module in self._training:
+            module.training = True
         if self.weights is not None:
             self.weights.checkpoint.close()
 
@@ -293,7 +305,7 @@ def load(
 def _wrap(model: Any, tokenizer: Any) -> LoadedModel:
     name = model.config.name_or_path or type(model).__name__
     return LoadedModel(
-        name, model.eval(), read_architecture(model), tokenizer=tokenizer, weights=None, residency="resident"
+        name, model, read_architecture(model), tokenizer=tokenizer, weights=None, residency="resident"
     )
 
 

@@ -5,7 +5,7 @@ stream before and after are looked at while the weights are at hand; jumps of th
 `W[row, col] * x[token, col]` on the spot, so no weight is read twice and no input is kept.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -332,17 +332,26 @@ def _terms(model: LoadedModel, seen: _Seen, row: int, channel: int) -> Iterator[
 
 
 def _non_finite_error(model: LoadedModel, layer: int) -> Exception:
-    counts = {name: int((~value.isfinite()).sum()) for name, value in model.layer(layer).named_parameters()}
-    bad = {name: count for name, count in counts.items() if count}
+    prefix = model.architecture.layer_name(layer)
+    inside = model.layer(layer).named_parameters(prefix=prefix)
+    outside = (each for each in model.outside_layers() if not each[1].is_meta)
+    where, bad = f"decoder layer {layer}", _non_finite_counts(inside)
+    if not bad:
+        where, bad = "the decoder outside its layers", _non_finite_counts(outside)
     if not bad:
         return ModelError(
             f"Decoder layer {layer} of {model.name} turned finite weights into NaN or infinite activations "
             f"(computing in {next(model.model.parameters()).dtype}). Load the model by its path: that computes in float32."
         )
     listed = ", ".join(
-        f"{model.architecture.layer_name(layer)}.{name} ({count})" for name, count in list(bad.items())[:5]
+        f"{name} ({count})" for name, count in list(bad.items())[:5]
     )
     return NonFiniteWeightsError(
-        f"{model.name}: decoder layer {layer} has NaN or infinite weights: {listed}{', ...' if len(bad) > 5 else ''}. "
+        f"{model.name}: {where} has NaN or infinite weights: {listed}{', ...' if len(bad) > 5 else ''}. "
         "The checkpoint is damaged. To go on with zeros in their place, pass --nonfinite zero."
     )
+
+
+def _non_finite_counts(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, int]:
+    counts = {name: int((~value.isfinite()).sum()) for name, value in named}
+    return {name: count for name, count in counts.items() if count}
