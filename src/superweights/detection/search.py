@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+import torch
+
 from superweights.coordinates import Coordinate
 from superweights.detection.candidates import Bars, Candidate, DetectionSettings, explain_none, find_candidates
 from superweights.detection.paper import find_by_peaks
@@ -99,7 +101,7 @@ def _ranked(model: LoadedModel, candidates: Sequence[Candidate]) -> tuple[Candid
         with model.attached(projection) as parameter:
             matrix = parameter if candidate.coordinate.expert is None else parameter[candidate.coordinate.expert]
             # In pieces: the comparison takes memory of its own.
-            larger = sum(int((piece.abs() > abs(candidate.value)).sum()) for piece in matrix.split(512))
+            larger = sum(int((piece.abs() > abs(candidate.value)).sum()) for piece in torch.split(matrix, 512))
             ranked.append(replace(candidate, rank=larger + 1, matrix_size=matrix.numel()))
     return tuple(ranked)
 

@@ -104,7 +104,11 @@ class Architecture:
                 seen = "no routed experts: write LAYER:ROW:COL"
             raise CoordinateError(f"{coordinate} does not fit layer {coordinate.layer}, which has {seen}.")
         projection = fitting[0]
-        if coordinate.expert is not None and projection.experts is not None and not 0 <= coordinate.expert < projection.experts:
+        if (
+            coordinate.expert is not None
+            and projection.experts is not None
+            and not 0 <= coordinate.expert < projection.experts
+        ):
             raise CoordinateError(
                 f"{coordinate} names expert {coordinate.expert}; the experts are 0 to {projection.experts - 1}."
             )

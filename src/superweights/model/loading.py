@@ -304,9 +304,7 @@ def load(
 
 def _wrap(model: Any, tokenizer: Any) -> LoadedModel:
     name = model.config.name_or_path or type(model).__name__
-    return LoadedModel(
-        name, model, read_architecture(model), tokenizer=tokenizer, weights=None, residency="resident"
-    )
+    return LoadedModel(name, model, read_architecture(model), tokenizer=tokenizer, weights=None, residency="resident")
 
 
 def _tokenizer(directory: Path, *, trust_remote_code: bool) -> Any:

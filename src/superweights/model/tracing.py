@@ -343,9 +343,7 @@ def _non_finite_error(model: LoadedModel, layer: int) -> Exception:
             f"Decoder layer {layer} of {model.name} turned finite weights into NaN or infinite activations "
             f"(computing in {next(model.model.parameters()).dtype}). Load the model by its path: that computes in float32."
         )
-    listed = ", ".join(
-        f"{name} ({count})" for name, count in list(bad.items())[:5]
-    )
+    listed = ", ".join(f"{name} ({count})" for name, count in list(bad.items())[:5])
     return NonFiniteWeightsError(
         f"{model.name}: {where} has NaN or infinite weights: {listed}{', ...' if len(bad) > 5 else ''}. "
         "The checkpoint is damaged. To go on with zeros in their place, pass --nonfinite zero."
