@@ -58,8 +58,8 @@ COLUMNS = """
 - **down projections**: number of plain ones; number of packed ones x experts in each; *transposed* where stored [cols, rows].
 - **same bits**: the streamed and the resident model give bit-identical streams and peaks.
 - **error**: largest difference of the residual stream from transformers' own float32 model, over its largest value.
-- **planted**: a super weight planted in layer {layer} is found, and nothing else. "cannot": the stream is normalised after every layer,
-  so that nothing large can persist, and there is nothing to find.
+- **planted**: a super weight planted in layer {layer} is found, and nothing else. "cannot": the stream is normalised
+  after every layer, so that nothing large can persist, and there is nothing to find.
 """
 
 

@@ -16,6 +16,7 @@ from building import (
     set_neuron,
     set_weights,
 )
+from transformers import PreTrainedModel
 
 from superweights.detection.candidates import Bars, DetectionSettings, find_candidates, group_sets
 from superweights.detection.search import FLOAT16_MAX, Findings, find
@@ -25,7 +26,7 @@ from superweights.testing import plant_super_weight, save_planted_checkpoint, ti
 
 def llama_with(
     where: str = ".", *, size: float = 100.0, weights: dict[str, float] | None = None, layers: int = 6
-) -> torch.nn.Module:
+) -> PreTrainedModel:
     """Neuron 7 of layer 1 fires at the tokens `where`; its weight to channel 20 makes 300 of it."""
     model = quiet_llama(layers=layers)
     fire(model, at(where), layer=1, col=7, size=size)
@@ -33,7 +34,7 @@ def llama_with(
     return model
 
 
-def amplify_attention(model: torch.nn.Module, *, layer: int, channel: int, factor: float) -> None:
+def amplify_attention(model: PreTrainedModel, *, layer: int, channel: int, factor: float) -> None:
     """Makes the attention of a layer write large values into a channel, at every token."""
     with torch.no_grad():
         model.model.layers[layer].self_attn.o_proj.weight[channel] *= factor
@@ -178,7 +179,7 @@ def test_attention_that_fills_a_channel_at_every_token_hides_nothing() -> None:
 def test_a_channel_massive_at_every_token_from_the_embedding_on(family: str) -> None:
     model = tiny_model(family)
     with torch.no_grad():
-        model.model.embed_tokens.weight[:, 20] = 10 * model.model.embed_tokens.weight.abs().max() * 5
+        model.model.embed_tokens.weight[:, 20] = 50 * model.model.embed_tokens.weight.abs().max()
     found = search(model)
     stage_0 = found.traces[0].stream[0]
     assert (stage_0[:, 20].abs() > 50 * stage_0.abs().median()).all()
@@ -224,7 +225,8 @@ def test_one_row_and_two_columns_are_one_set() -> None:
 # Rounds.
 
 
-def test_a_second_one_that_shows_once_the_first_is_removed() -> None:
+def llama_with_a_second() -> PreTrainedModel:
+    """`llama_with()`, and 2:20:8, whose neuron fires only while 1:20:7 is removed."""
     model = llama_with()
     prompts = prompts_of(model)
     intact = mlp_inputs(model, 2, prompts)
@@ -235,10 +237,21 @@ def test_a_second_one_that_shows_once_the_first_is_removed() -> None:
     chosen = torch.cat([torch.zeros_like(dots), dots])
     set_neuron(model, torch.cat([intact, removed]), chosen, layer=2, col=8, size=100)
     set_weights(model, {"2:20:8": 2.0})
-    found = search(model)
+    return model
+
+
+def test_a_second_one_that_shows_once_the_first_is_removed() -> None:
+    found = search(llama_with_a_second())
     assert [(str(each.coordinate), each.round) for each in found.candidates] == [("1:20:7", 0), ("2:20:8", 1)]
     assert len(found.traces) == 3
     assert found.reason.startswith("With these removed: no super activation")
+
+
+def test_the_search_ends_at_its_last_round_and_says_so() -> None:
+    found = search(llama_with_a_second(), settings=DetectionSettings(rounds=1))
+    assert coordinates(found) == ["1:20:7"]
+    assert len(found.traces) == 2
+    assert "round" in found.reason and "no scalar is decisive" not in found.reason
 
 
 def test_the_bars_of_round_0_hold_for_all_rounds() -> None:
@@ -250,13 +263,6 @@ def test_the_bars_of_round_0_hold_for_all_rounds() -> None:
     settings = DetectionSettings()
     lowered = find_candidates(found.traces[1], Bars.of(found.traces[1], settings), settings)
     assert [str(each.coordinate) for each in lowered] == ["2:30:9"]  # what bars of round 1 would let in
-
-
-def test_the_search_ends_at_the_last_round() -> None:
-    model = llama_with()
-    found = search(model, settings=DetectionSettings(rounds=1))
-    assert coordinates(found) == ["1:20:7"]
-    assert len(found.traces) == 2
 
 
 # Signs, storage, experts, size.

@@ -30,16 +30,23 @@ def demo(*, settings: DemoSettings = _DEFAULT_SETTINGS) -> int:
     trained models.
     """
     to = settings.to
-    model = to / "synthetic-llama"
+    model, found, traced = to / "synthetic-llama", to / "find.jsonl", to / "trace.jsonl"
+    peaks, residual, persistence = to / "peaks.png", to / "residual.png", to / "persistence.png"
     planted = save_planted_checkpoint(model)
-    write_text(f"Synthetic model in {model}: random weights, one super weight planted at {planted}.\n\n$ find\n")
-    records, peaks = to / "find.jsonl", to / "peaks.png"
-    find(str(model), settings=FindSettings(out=str(records), plot=str(peaks)))
-    curve, heat = to / "residual.png", to / "persistence.png"
-    traced = TraceSettings(
-        edit="scale=0", weights=str(records), out=str(to / "trace.jsonl"), plot=str(curve), plot_persistence=str(heat)
+    write_text(f"Synthetic model in {model}: random weights, one super weight planted at {planted}.\n")
+    write_text(f"\n$ superweights find {model} --out {found} --plot {peaks}\n")
+    find(str(model), settings=FindSettings(out=str(found), plot=str(peaks)))
+    write_text(
+        f"\n$ superweights trace {model} --edit scale=0 --weights {found} --out {traced} --plot {residual} "
+        f"--plot-persistence {persistence}\n"
     )
-    write_text("\n$ trace --edit scale=0\n")
-    trace(str(model), settings=traced)
-    write_text(f"\nPictures: {peaks}, {curve}, {heat}\nRecords: {records}, {to / 'trace.jsonl'}\n")
+    edited = TraceSettings(
+        edit="scale=0",
+        weights=str(found),
+        out=str(traced),
+        plot=str(residual),
+        plot_persistence=str(persistence),
+    )
+    trace(str(model), settings=edited)
+    write_text(f"\nPictures: {peaks}, {residual}, {persistence}\nRecords: {found}, {traced}\n")
     return 0

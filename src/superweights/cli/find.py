@@ -44,7 +44,7 @@ class FindSettings:
 
 
 _DEFAULT_SETTINGS = FindSettings()
-_DEFAULT_DETECTION = Parameter(name="*")(DetectionSettings)()
+_DEFAULT_DETECTION = Parameter(name="*", group="Thresholds")(DetectionSettings)()
 
 
 def find(

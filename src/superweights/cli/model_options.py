@@ -81,7 +81,7 @@ def last_layer(model: "LoadedModel", layers: str | None) -> int | None:
         return None
     start, colon, stop = layers.partition(":")
     count = model.architecture.layer_count
-    if not (colon and start in ("", "0") and stop.isdigit() and 1 <= int(stop) <= count):
+    if not (colon and start in ("", "0") and stop.isdecimal() and 1 <= int(stop) <= count):
         raise UsageError(
             f"--layers {layers} cannot be run. A forward pass starts at layer 0: write 0:N for the first N layers, with N from "
             f"1 to {count} in {model.name}."

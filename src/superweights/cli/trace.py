@@ -1,14 +1,20 @@
 """The verb `trace`: the super activation through the layers, with and without the weights that make it."""
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from superweights.cli.model_options import (
     DEFAULT_MODEL_OPTIONS,
+    FILE,
+    HYPHEN_ALLOWED,
     ModelOptions,
+    add_warnings,
+    check_targets,
     describe_model_run,
     last_layer,
     open_model,
@@ -26,9 +32,9 @@ from superweights.model.tracing import trace as run_trace
 from superweights.progress import RichProgress
 from superweights.report.persistence import persistence_chart
 from superweights.report.residual import residual_chart
-from superweights.report.saving import checked_suffix, save_chart
-from superweights.results.records import NoteRecord, Record, ResidualPeakRecord
-from superweights.results.store import write_records
+from superweights.report.saving import save_chart
+from superweights.results.records import NoteRecord, PromptRecord, Record, ResidualPeakRecord, Run
+from superweights.results.store import STANDARD_STREAM, write_records
 
 
 @Parameter(name="*", negative=())
@@ -36,16 +42,16 @@ from superweights.results.store import write_records
 class TraceSettings:
     """What `trace` compares and what it leaves behind."""
 
-    edit: str | None = None
+    edit: Annotated[str | None, Parameter(metavar="scale=FACTOR")] = None
     """Trace once more with the weights edited: scale=0 removes them, scale=2 doubles them."""
-    weights: str = "auto"
-    """Which weights to edit: auto (find them first), published (from the index), a .jsonl file of `find`, or coordinates
-    such as 2:3968:7003, separated by commas."""
-    out: str | None = None
+    weights: Annotated[str, HYPHEN_ALLOWED, Parameter(metavar="WEIGHTS")] = "auto"
+    """Which weights to edit: auto (find them first), published (from the index), a .jsonl file of `find` (- for stdin), or
+    coordinates such as 2:3968:7003, separated by commas."""
+    out: Annotated[str | None, FILE, HYPHEN_ALLOWED] = None
     """Write all records to this .jsonl file; - writes them to stdout in place of the table."""
-    plot: str | None = None
+    plot: Annotated[str | None, FILE] = None
     """Draw the largest residual by layer, before and after the edit, to this .png, .svg, .pdf or .html file."""
-    plot_persistence: str | None = None
+    plot_persistence: Annotated[str | None, FILE] = None
     """Draw the super activation's channel for many prompts as a heat map, to such a file."""
 
 
@@ -60,23 +66,48 @@ def trace(
     options: ModelOptions = DEFAULT_MODEL_OPTIONS,
     output: OutputSettings = DEFAULT_OUTPUT,
 ) -> int:
-    """Follows the largest value of the residual stream through the layers.
+    """Follows the largest value of the residual stream through the layers, over a dozen prompts of many kinds.
 
     With --edit, the weights of --weights are scaled and the pass repeated, as in figure 4 of the paper: where a super weight
-    made the super activation, the curve falls. The channel of the largest value is also followed over a dozen prompts of
-    many kinds.
+    made the super activation, the curve falls. --plot-persistence shows whether the channel of the largest value is the same
+    for all prompts.
 
     Args:
         model: A directory, a Hub name or a URL.
     """
-    factor = _factor(settings.edit)
-    for path in filter(None, (settings.plot, settings.plot_persistence)):
-        checked_suffix(path)  # a wrong name must not cost a pass
+    factor = _factor(settings)
+    check_targets(records=settings.out, charts=[settings.plot, settings.plot_persistence])
     with open_model(model, options) as loaded:
-        records = list(_records(loaded, settings, options, factor))
         run = describe_model_run(
             loaded, options, command=sys.argv, settings={"edit": settings.edit, "weights": settings.weights}
         )
+        records = list(_records(loaded, settings, options, factor))
+        run = add_warnings(run, loaded)
+    try:
+        _leave(settings, run, records, model)
+    finally:  # a full disk must not cost the answer
+        if settings.out != STANDARD_STREAM:
+            _show(records, model, output)
+    return 0
+
+
+def _factor(settings: TraceSettings) -> float | None:
+    if settings.edit is None:
+        if settings.weights != _DEFAULT_SETTINGS.weights:
+            raise UsageError(f"--weights {settings.weights} says what to edit. Add --edit, for example --edit scale=0.")
+        return None
+    name, _, value = settings.edit.partition("=")
+    try:
+        if name == "scale" and math.isfinite(float(value)):
+            return float(value)
+    except ValueError:
+        pass
+    raise UsageError(
+        f"--edit {settings.edit} is unknown. Write scale=FACTOR with a finite number, as scale=0 to remove the weights."
+    )
+
+
+def _leave(settings: TraceSettings, run: Run, records: Sequence[Record], model: str) -> None:
     if settings.out is not None:
         write_records(settings.out, run, records)
     if settings.plot is not None:
@@ -84,47 +115,29 @@ def trace(
     if settings.plot_persistence is not None:
         chart = persistence_chart(records, title="One channel over many prompts", model=model)
         save_chart(chart, settings.plot_persistence)
-    if settings.out != "-":
-        _show(records, model, output)
-    return 0
-
-
-def _factor(edit: str | None) -> float | None:
-    if edit is None:
-        return None
-    name, _, value = edit.partition("=")
-    try:
-        if name == "scale":
-            return float(value)
-    except ValueError:
-        pass
-    raise UsageError(f"--edit {edit!r} is unknown. Write scale=FACTOR, for example scale=0 to remove the weights.")
 
 
 def _records(
     loaded: LoadedModel, settings: TraceSettings, options: ModelOptions, factor: float | None
 ) -> Iterator[Record]:
-    prompts, last, progress = (
-        default_prompts(loaded, options.prompt),
-        last_layer(loaded, options.layers),
-        RichProgress(),
-    )
-    many = default_prompts(loaded, (*options.prompt, *VARIED_TEXTS))  # begins with the prompts above: indices agree
+    last, progress = last_layer(loaded, options.layers), RichProgress()
+    weights: tuple[Coordinate, ...] = ()
+    if factor is not None:
+        searched = default_prompts(loaded, options.prompt)
+        weights = chosen_weights(settings.weights, loaded, prompts=searched, last_layer=last, progress=progress)
+    prompts = default_prompts(loaded, (*options.prompt, *VARIED_TEXTS))
     original = run_trace(loaded, prompts, last_layer=last, progress=progress)
-    yield from record_prompts(many)
+    yield from record_prompts(prompts)
     yield from record_peaks(original)
     yield from record_residual_peaks(original)
-    if factor is not None:
-        weights = chosen_weights(settings.weights, loaded, prompts=prompts, last_layer=last, progress=progress)
-        if weights:
-            with loaded.edited(dict.fromkeys(weights, factor)):
-                edited = run_trace(loaded, prompts, last_layer=last, progress=progress)
-            yield from record_peaks(edited, edited=True)
-            yield from record_residual_peaks(edited, edit=_describe(factor, weights))
-        else:
-            yield NoteRecord(level="warning", text="No super weight candidate was found, so nothing was edited.")
-    varied = run_trace(loaded, many, last_layer=last, progress=progress)
-    yield from record_persistence(varied, _largest_channel(original))
+    yield from record_persistence(original, _largest_channel(original))
+    if factor is not None and not weights:
+        yield NoteRecord(level="warning", text="No super weight candidate was found, so nothing was edited.")
+    elif factor is not None:
+        with loaded.edited(dict.fromkeys(weights, factor)):
+            edited = run_trace(loaded, prompts, last_layer=last, progress=progress)
+        yield from record_peaks(edited, edited=True)
+        yield from record_residual_peaks(edited, edit=_describe(factor, weights))
 
 
 def _describe(factor: float, weights: Sequence[Coordinate]) -> str:
@@ -132,8 +145,8 @@ def _describe(factor: float, weights: Sequence[Coordinate]) -> str:
 
 
 def _largest_channel(trace: Trace) -> int:
-    stages = trace.stream[1 : trace.layers_run] if trace.complete else trace.stream[1:]
-    return int(stages.abs().amax(dim=(0, 1)).argmax())
+    inner = trace.stream[: trace.layers_run] if trace.complete else trace.stream  # the last layer takes the value away
+    return int(inner.abs().amax(dim=(0, 1)).argmax())
 
 
 def _show(records: Sequence[Record], model: str, output: OutputSettings) -> None:
@@ -141,6 +154,7 @@ def _show(records: Sequence[Record], model: str, output: OutputSettings) -> None
     if output.format != "table":
         write_rows([each.model_dump(mode="json") for each in peaks], format=output.format)
         return
+    count = sum(isinstance(each, PromptRecord) for each in records)
     edits = list(dict.fromkeys(each.edit for each in peaks))
     write_table(
         [
@@ -148,7 +162,7 @@ def _show(records: Sequence[Record], model: str, output: OutputSettings) -> None
             for each in peaks
             if not each.edit
         ],
-        title=f"Largest |residual| by layer in {model}; layer -1 is the embedding output.",
+        title=f"Largest |residual| by layer in {model}, over {count} prompts; layer -1 is the embedding output.",
     )
     write_text("".join(f"\nedited: {edit}\n" for edit in edits if edit))
     write_text("".join(f"\n{each.text}\n" for each in records if isinstance(each, NoteRecord)))

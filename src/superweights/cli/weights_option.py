@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from superweights.coordinates import Coordinate
 from superweights.detection.published import published_name, usable_weights
-from superweights.errors import UsageError
+from superweights.errors import CoordinateError, UsageError
 from superweights.results.records import CandidateRecord
 from superweights.results.store import STANDARD_STREAM, read_records
 
@@ -39,14 +39,21 @@ def chosen_weights(
         return tuple(each.coordinate for each in found.candidates)
     if text == "published":
         coordinates = _published(model)
-    elif text == STANDARD_STREAM or text.endswith(".jsonl"):
+    elif text == STANDARD_STREAM or text.endswith(".jsonl") or Path(text).is_file():
         records = read_records(text)[1]
         coordinates = tuple(Coordinate.parse(each.coordinate) for each in records if isinstance(each, CandidateRecord))
     else:
-        coordinates = tuple(Coordinate.parse(each) for each in text.split(","))
+        coordinates = _parsed(text)
     for each in coordinates:
         model.architecture.locate(each)
     return coordinates
+
+
+def _parsed(text: str) -> tuple[Coordinate, ...]:
+    try:
+        return tuple(Coordinate.parse(each) for each in text.split(","))
+    except CoordinateError as error:
+        raise CoordinateError(f"--weights {text} is neither auto, published nor a file, and {error}") from error
 
 
 def _published(model: "LoadedModel") -> tuple[Coordinate, ...]:

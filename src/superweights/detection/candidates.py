@@ -6,7 +6,7 @@ whose product with one input makes a decisive share of it. Looking at the stream
 the last layers that only take the super activation away again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,6 +122,29 @@ def find_candidates(
     return tuple(sorted(found.values(), key=lambda each: -abs(each.share * each.output)))
 
 
+def is_refuted(candidate: Candidate, traces: Sequence[Trace], bars: Bars, settings: DetectionSettings) -> bool:
+    """Whether the pass with the candidate removed speaks against it.
+
+    The stream may jump without it: then attention made the jump and the neuron only fired beside it. Or the unedited model
+    uses it to take a super activation away, and it looks like a maker only where that one is gone already.
+
+    Args:
+        candidate: a candidate of the last trace but one.
+        traces: of the unedited model first, with the candidate removed last.
+        bars: the bars of round 0.
+        settings: the thresholds.
+    """
+    layer, row = candidate.coordinate.layer, candidate.coordinate.row
+    position = traces[0].positions.index((candidate.prompt, candidate.token))
+    (unedited_in, unedited_out), (found_in, found_out), (left_in, left_out) = (
+        traces[each].stream[layer : layer + 2, position, row].tolist() for each in (0, -2, -1)
+    )
+    made, left = found_out - found_in, left_out - left_in
+    stays = abs(made - left) < settings.layer_share * abs(made)
+    removes = abs(unedited_in) > float(bars.values[layer]) and abs(unedited_out) < settings.hold * abs(unedited_in)
+    return bool(stays or removes)
+
+
 def group_sets(candidates: tuple[Candidate, ...]) -> tuple[tuple[Candidate, ...], ...]:
     """Groups candidates that share a column (one neuron, many channels) or a row (one channel, many neurons) of a matrix."""
     groups: list[list[Candidate]] = []
@@ -201,12 +224,11 @@ def explain_none(trace: Trace, bars: Bars, settings: DetectionSettings) -> str:
     held = [jump for jump in jumps if (_persistence(trace, jump, settings) or 0) >= settings.persistence]
     reason = "no single layer's down projection makes it: it comes with the embedding, from attention, or bit by bit"
     if jumps and not held:
-        unjudged = all(_persistence(trace, jump, settings) is None for jump in jumps)
         reason = "it does not persist in later layers"
-        reason = (
-            f"it appears in layer {jumps[-1].layer}, after which no layer ran: run more layers" if unjudged else reason
-        )
+        if all(_persistence(trace, jump, settings) is None for jump in jumps):
+            rest = "too late to persist" if trace.complete else "after which no layer ran: run more layers"
+            reason = f"it appears in layer {jumps[-1].layer}, {rest}"
     elif held:
-        share, term = max((jump.terms[0].product / jump.output, jump.terms[0]) for jump in held if jump.terms)
-        reason = f"no scalar is decisive: the largest share is {share:.2f} ({term.coordinate}), the bar {settings.term_share}"
+        share, name = max((term.product / jump.output, str(term.coordinate)) for jump in held for term in jump.terms)
+        reason = f"no scalar is decisive: the largest share is {share:.2f} ({name}), the bar {settings.term_share}"
     return f"A super activation without a super weight: {value:.4g} at {where}, {abs(value) / median:.3g} medians; {reason}."

@@ -7,7 +7,14 @@ from typing import Literal, get_args
 import torch
 
 from superweights.coordinates import Coordinate
-from superweights.detection.candidates import Bars, Candidate, DetectionSettings, explain_none, find_candidates
+from superweights.detection.candidates import (
+    Bars,
+    Candidate,
+    DetectionSettings,
+    explain_none,
+    find_candidates,
+    is_refuted,
+)
 from superweights.detection.paper import find_by_peaks
 from superweights.errors import UnknownNameError
 from superweights.model.loading import LoadedModel
@@ -76,6 +83,7 @@ def _remove_and_repeat(
     """Adds a trace a round to `traces`; gives the candidates and why no more were found."""
     bars = Bars.of(traces[0], settings)
     found: dict[Coordinate, Candidate] = {}
+    refuted: set[Coordinate] = set()
     for number in range(settings.rounds):
         latest = find_candidates(traces[-1], bars, settings, round_number=number)
         new = {each.coordinate: each for each in latest if each.coordinate not in found}
@@ -84,8 +92,12 @@ def _remove_and_repeat(
         found |= new
         with model.edited(dict.fromkeys(found, 0.0)):
             traces.append(trace(model, traces[0].prompts, last_layer=last_layer, progress=progress))
+        refuted |= {coordinate for coordinate, each in new.items() if is_refuted(each, traces, bars, settings)}
+    kept = tuple(each for coordinate, each in found.items() if coordinate not in refuted)
+    if any(each.coordinate not in found for each in find_candidates(traces[-1], bars, settings)):
+        return kept, f"The search stopped after its last round, {settings.rounds}, and more shows: raise `rounds`."
     ended = explain_none(traces[-1], bars, settings)
-    return tuple(found.values()), f"With these removed: {ended[0].lower()}{ended[1:]}" if found else ended
+    return kept, f"With these removed: {ended[0].lower()}{ended[1:]}" if kept else ended
 
 
 def default_prompts(model: LoadedModel, texts: Sequence[str] = ()) -> tuple[Prompt, ...]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from superweights.checkpoint import Checkpoint, ModelReference
 from superweights.coordinates import Coordinate
-from superweights.errors import ModelError, SuperweightsError, UsageError
+from superweights.errors import MalformedFileError, ModelError, SuperweightsError, UsageError
 from superweights.model import experts
 from superweights.model.architecture import Architecture, DownProjection, read_architecture
 from superweights.model.streaming import NonFinite, StreamedWeights
@@ -285,6 +285,7 @@ def load(
     reference = model if isinstance(model, ModelReference) else ModelReference(str(model), revision)
     checkpoint = Checkpoint.open(reference)
     try:
+        tokenizer = tokenizer or _tokenizer(checkpoint.directory, trust_remote_code=trust_remote_code)
         weights = StreamedWeights(checkpoint, nonfinite=nonfinite, trust_remote_code=trust_remote_code)
         if residency == "resident":
             for layer in range(weights.architecture.layer_count):
@@ -296,7 +297,7 @@ def load(
         reference.name,
         weights.model,
         weights.architecture,
-        tokenizer=tokenizer or _tokenizer(checkpoint.directory, trust_remote_code=trust_remote_code),
+        tokenizer=tokenizer,
         weights=weights,
         residency=residency,
     )
@@ -316,4 +317,10 @@ def _tokenizer(directory: Path, *, trust_remote_code: bool) -> Any:
         and not any(directory.glob("*.model"))
     ):
         return None
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise MalformedFileError(
+            f"The tokenizer files in {directory} cannot be read: {type(error).__name__}: {error}. Replace them; without any "
+            "tokenizer file, fixed token ids stand in for the prompts."
+        ) from error

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from superweights.checkpoint import Checkpoint
 from superweights.errors import (
+    MalformedFileError,
     MissingTensorError,
     NonFiniteWeightsError,
     RemoteCodeError,
@@ -220,16 +221,20 @@ def _build_on_meta(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
 def _model_class(checkpoint: Checkpoint, *, trust_remote_code: bool) -> tuple[Any, Any]:
     name, model_type = checkpoint.reference.name, checkpoint.config.get("model_type")
     remote = checkpoint.config.get("auto_map", {}).get("AutoModelForCausalLM")
+    if model_type not in CONFIG_MAPPING and not (remote and trust_remote_code):
+        if remote:
+            raise _remote_code_error(name, remote)
+        raise UnsupportedArchitectureError(
+            f"{name} is of type {model_type!r}, which the installed transformers does not know. Upgrade transformers, or "
+            "convert the checkpoint to a supported type."
+        )
     try:
         config = AutoConfig.from_pretrained(
             checkpoint.directory, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except ValueError as error:
-        if remote and not trust_remote_code:
-            raise _remote_code_error(name, remote) from error
-        raise UnsupportedArchitectureError(
-            f"{name} is of type {model_type!r}, which the installed transformers does not know. Upgrade transformers, or "
-            "convert the checkpoint to a supported type."
+    except Exception as error:
+        raise MalformedFileError(
+            f"{checkpoint.directory / 'config.json'}: transformers refuses it as a config of type {model_type!r}: {error}"
         ) from error
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config

@@ -23,6 +23,8 @@ JUMP_RATIO = 5.0
 """A stream value that one layer changes by more than this many medians is split into scalar products. Loose on purpose:
 it only bounds the work; detection judges."""
 _JUMPS_PER_LAYER = 64
+_CHANNELS_PER_LAYER = 32
+"""And the largest jump of this many channels, or one that attention fills at every token would crowd out the others."""
 _TERMS_PER_JUMP = 8
 
 
@@ -302,9 +304,13 @@ def _jumps(recorder: _Recorder, layer: int, leaving: torch.Tensor) -> Iterator[J
     """Splits the largest changes this layer made to the stream into scalar products."""
     change = (leaving - recorder.entering).abs()
     change[leaving.abs() <= recorder.entering.abs()] = 0  # what shrinks a value does not make it
-    largest, places = change.flatten().topk(min(_JUMPS_PER_LAYER, change.numel()))
+    largest = change.flatten().topk(min(_JUMPS_PER_LAYER, change.numel())).indices
+    by_channel, tokens = change.max(dim=0)  # [hidden]
+    channels = by_channel.topk(min(_CHANNELS_PER_LAYER, len(by_channel))).indices
     bar = JUMP_RATIO * leaving.abs().median()
-    for place in places[largest > bar].tolist():
+    for place in sorted({*largest.tolist(), *(tokens[channels] * change.shape[1] + channels).tolist()}):
+        if change.flatten()[place] <= bar:
+            continue
         position, channel = divmod(place, leaving.shape[1])
         seen = [(each, int(row)) for each in recorder.seen for row in (each.positions == position).nonzero()]
         outputs = sum((each.outputs[row] for each, row in seen), start=torch.zeros(leaving.shape[1]))  # [rows]
