@@ -216,6 +216,15 @@ def test_remote_code_is_refused(ask: Ask, remote_code: Path) -> None:
     assert not trap.exists()
 
 
+def test_remote_code_of_a_tokenizer_is_refused_by_name(ask: Ask, remote_code: Path) -> None:
+    own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}}
+    (remote_code / "tokenizer_config.json").write_text(json.dumps(own))
+    (remote_code / "tokenization_own.py").write_text("raise AssertionError('this ran')")
+    refused(ask("find", remote_code), 3, "Python code of its own", "--trust-remote-code")
+    change_config(remote_code, model_type="llama", auto_map={})
+    refused(ask("find", remote_code), 3, "tokenizer", "--trust-remote-code")
+
+
 def test_remote_code_runs_where_it_is_trusted(ask: Ask, remote_code: Path) -> None:
     answer = ask("find", remote_code, "--trust-remote-code", "--format", "jsonl")
     assert (answer.status, answer.err) == (0, "")
@@ -250,7 +259,9 @@ def test_a_broken_tokenizer(ask: Ask, copy: Path) -> None:
 )
 def test_a_broken_config(content: str, says: str, ask: Ask, copy: Path) -> None:
     (copy / "config.json").write_text(content)
-    refused(ask("find", copy), 3, str(copy), says)
+    answer = ask("find", copy)
+    refused(answer, 3, str(copy), says)
+    assert "tokenizer" not in answer.err
 
 
 def test_an_unsupported_family_says_what_was_seen(ask: Ask, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """What every verb that runs a model refuses before it runs, and says in its run record after."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from superweights.results.store import read_records
 
@@ -115,6 +117,15 @@ def test_the_run_says_what_was_run(ask: Ask, planted_checkpoint: Path, tmp_path:
     assert (run.model, run.revision, run.residency) == (str(planted_checkpoint), None, "resident")
     assert (run.storage_dtype, run.compute_dtype, run.device) == ("F32", "float32", "cpu")
     assert run.digest is not None and len(run.digest) == 64
+
+
+def test_the_storage_dtype_is_that_of_most_weights(ask: Ask, planted_checkpoint: Path, tmp_path: Path) -> None:
+    model, out = shutil.copytree(planted_checkpoint, tmp_path / "model"), tmp_path / "run.jsonl"
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].bfloat16()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert ask("find", model, "--layers", "0:1", "--out", out).status == 0
+    assert read_records(out)[0].storage_dtype == "F32"
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -39,12 +39,13 @@ def test_auto_searches(planted_checkpoint: Path, random_checkpoint: Path) -> Non
 def test_coordinates_are_taken_in_their_order(planted_checkpoint: Path) -> None:
     with load(planted_checkpoint) as model:
         assert list(map(str, choose("3:1:2, 0:63:111", model))) == ["3:1:2", "0:63:111"]
+        many = [f"{layer}:{row}:0" for layer in range(6) for row in range(64)]  # longer than any file name may be
+        assert list(map(str, choose(",".join(many), model))) == many
 
 
 def test_a_result_file_gives_its_candidates(planted_checkpoint: Path, found: Path) -> None:
-    other = found.rename(found.with_name("found.txt"))
     with load(planted_checkpoint) as model:
-        assert choose(str(other), model) == (PLANTED,)
+        assert choose(str(found), model) == (PLANTED,)
 
 
 def test_a_hyphen_reads_stdin(planted_checkpoint: Path, found: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +62,7 @@ def test_a_hyphen_reads_stdin(planted_checkpoint: Path, found: Path, monkeypatch
         ("6:49:7", "the layers are 0 to 5"),
         ("2/1:49:7", "expert"),
         ("2:49:7,2:49", "'2:49' is no coordinate"),
-        ("atuo", "--weights atuo is neither auto, published nor a file"),
+        ("atuo", "--weights atuo is neither auto, published nor a .jsonl file"),
         ("", "LAYER:ROW:COL"),
     ],
 )

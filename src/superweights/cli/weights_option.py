@@ -39,7 +39,7 @@ def chosen_weights(
         return tuple(each.coordinate for each in found.candidates)
     if text == "published":
         coordinates = _published(model)
-    elif text == STANDARD_STREAM or text.endswith(".jsonl") or Path(text).is_file():
+    elif text == STANDARD_STREAM or text.endswith(".jsonl"):
         records = read_records(text)[1]
         coordinates = tuple(Coordinate.parse(each.coordinate) for each in records if isinstance(each, CandidateRecord))
     else:
@@ -53,7 +53,7 @@ def _parsed(text: str) -> tuple[Coordinate, ...]:
     try:
         return tuple(Coordinate.parse(each) for each in text.split(","))
     except CoordinateError as error:
-        raise CoordinateError(f"--weights {text} is neither auto, published nor a file, and {error}") from error
+        raise CoordinateError(f"--weights {text} is neither auto, published nor a .jsonl file, and {error}") from error
 
 
 def _published(model: "LoadedModel") -> tuple[Coordinate, ...]:

@@ -126,6 +126,6 @@ def _notes(model: LoadedModel, traced: Trace) -> tuple[str, ...]:
     if largest > FLOAT16_MAX:
         notes.append(
             f"Activations reach {largest:.4g}, which overflows float16 (largest {FLOAT16_MAX:.0f}); "
-            "this pass computed in float32."
+            "here they are float32."
         )
     return tuple(notes)

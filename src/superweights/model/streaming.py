@@ -41,7 +41,13 @@ from superweights.errors import (
 )
 from superweights.model import experts
 from superweights.model.architecture import Architecture, read_architecture
-from superweights.model.widening import WideProducts, install_wide_products, takes_wide_products
+from superweights.model.widening import (
+    Compute,
+    WideProducts,
+    install_wide_products,
+    multiplies_bfloat16,
+    takes_wide_products,
+)
 
 NonFinite = Literal["refuse", "zero"]
 _SIXTEEN_BITS = {"BF16": torch.bfloat16, "F16": torch.float16}
@@ -65,6 +71,7 @@ class StreamedWeights:
     Args:
         checkpoint: where the weights are.
         nonfinite: "zero" puts zeros in the place of NaN and infinite weights; "refuse" leaves them for a pass to meet.
+        compute: see `load`.
         trust_remote_code: whether Python code that comes with the checkpoint may run.
 
     Attributes:
@@ -77,7 +84,12 @@ class StreamedWeights:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, nonfinite: NonFinite = "refuse", trust_remote_code: bool = False
+        self,
+        checkpoint: Checkpoint,
+        *,
+        nonfinite: NonFinite = "refuse",
+        compute: Compute = "auto",
+        trust_remote_code: bool = False,
     ) -> None:
         checkpoint.require_plain("running a forward pass")
         self.checkpoint = checkpoint
@@ -85,7 +97,7 @@ class StreamedWeights:
         self._nonfinite = nonfinite
         self.model = _build_on_meta(checkpoint, trust_remote_code=trust_remote_code)
         self.architecture: Architecture = read_architecture(self.model)
-        self.products = WideProducts()
+        self.products = WideProducts(bfloat16=compute == "auto" and multiplies_bfloat16())
         self._mapping = get_model_conversion_mapping(self.model)
         targets = _targets(self.model, self._mapping, checkpoint)
         self.plan = _plan(self.model, self.architecture, targets, checkpoint)
