@@ -174,12 +174,16 @@ class Checkpoint:
             return torch.frombuffer(copied, dtype=dtype).reshape(entry.shape)
         return torch.frombuffer(file.map, dtype=dtype, count=entry.numel, offset=entry.start).reshape(entry.shape)
 
-    def fetch(self, names: Iterable[str]) -> None:
+    def fetch(self, names: Iterable[str], *, populate: bool = True) -> None:
         """Brings tensors into memory and returns when they are there; safe to call from several threads.
 
         Local bytes are read from disk ahead of use; of remote ones, those that are not on this disk yet are requested.
+
+        Args:
+            names: which tensors.
+            populate: False stops once the bytes are on this disk; they are read when they are first used.
         """
-        self._fetch(self._spans(names))
+        self._fetch(self._spans(names), populate=populate)
 
     def fetch_rows(self, name: str, rows: Iterable[int]) -> None:
         """Brings single rows of a tensor into memory: what `fetch` does, for the embeddings of a prompt.
@@ -261,12 +265,13 @@ class Checkpoint:
             spans[entry.file].append((entry.start, entry.end))
         return spans
 
-    def _fetch(self, spans: Mapping[str, list[Span]]) -> None:
+    def _fetch(self, spans: Mapping[str, list[Span]], *, populate: bool = True) -> None:
         # All files' requests start before the first is waited for, so that the connections stay busy.
         started = {name: self._files[name].start_fetch(each) for name, each in spans.items()}
         for name, pieces in started.items():
             self._files[name].finish_fetch(pieces)
-            self._files[name].populate(spans[name])
+            if populate:
+                self._files[name].populate(spans[name])
 
 
 def _open_source(reference: ModelReference, cache_dir: Path | None) -> WeightSource:

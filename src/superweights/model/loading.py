@@ -198,16 +198,19 @@ class LoadedModel:
 
     def _hook_layer(self, layer: int) -> list[Any]:
         module = self.layer(layer)
-        after = module.register_forward_hook(lambda *_: self._after_layer(layer))
-        if self.residency == "resident":
-            return [after]
-        return [module.register_forward_pre_hook(lambda *_: self._before_layer(layer)), after]
+        return [
+            module.register_forward_pre_hook(lambda *_: self._before_layer(layer)),
+            module.register_forward_hook(lambda *_: self._after_layer(layer)),
+        ]
 
     def _before_layer(self, layer: int) -> None:
         if self._ahead is not None and self._ahead[0] == layer:
             self._ahead[1].result()
-        self._attach(layer)
-        if layer < self._last_layer and self.weights is not None:
+        if self.weights is None:
+            return
+        if self.residency == "streamed":
+            self._attach(layer)
+        if layer < self._last_layer:
             names = self.weights.plan.layers[layer + 1]
             self._ahead = (layer + 1, self._reader.submit(self.weights.checkpoint.fetch, names))
 
@@ -301,7 +304,7 @@ def load(
         tokenizer = tokenizer or _tokenizer(checkpoint.directory, trust_remote_code=trust_remote_code)
         if residency == "resident":
             for layer in range(weights.architecture.layer_count):
-                weights.attach_layer(layer)
+                weights.attach_layer(layer, populate=False)
     except BaseException:
         checkpoint.close()
         raise

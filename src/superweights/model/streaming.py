@@ -107,13 +107,17 @@ class StreamedWeights:
         self._zero_nonfinite(targets[name] for name in self.plan.outside)
         self._attach_embedding()
 
-    def attach_layer(self, layer: int) -> None:
+    def attach_layer(self, layer: int, *, populate: bool = True) -> None:
         """Gives one decoder layer its weights; zero-copy views of the files where no conversion is needed.
+
+        Args:
+            layer: decoder layer, from 0.
+            populate: read the weights into memory now; else when they are first used.
 
         Raises:
             WeightMismatchError: a tensor has another shape than its parameter, or a parameter has no tensor.
         """
-        self._attach(self.plan.layers[layer])
+        self._attach(self.plan.layers[layer], populate=populate)
         name = self.architecture.layer_name(layer)
         empty = [each for each, value in self.model.get_submodule(name).named_parameters() if value.is_meta]
         if empty:
@@ -135,8 +139,8 @@ class StreamedWeights:
         """Stored bytes of one decoder layer."""
         return sum(self.checkpoint.tensors[name].nbytes for name in self.plan.layers[layer])
 
-    def _attach(self, names: tuple[str, ...]) -> None:
-        self.checkpoint.fetch(names)
+    def _attach(self, names: tuple[str, ...], *, populate: bool = True) -> None:
+        self.checkpoint.fetch(names, populate=populate)
         with _quiet_serial_loading():
             info, _ = convert_and_load_state_dict_in_model(
                 self.model,
