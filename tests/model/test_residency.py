@@ -1,5 +1,6 @@
 """Two residencies, one model: resident, streamed, and transformers' own way of loading give the same pass."""
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,9 +19,10 @@ from superweights.checkpoint import Checkpoint
 from superweights.coordinates import Coordinate
 from superweights.detection.search import default_prompts
 from superweights.errors import CoordinateError, UsageError
+from superweights.model import streaming
 from superweights.model.loading import LoadedModel
 from superweights.model.tracing import Trace, trace
-from superweights.testing import tiny_tokenizer
+from superweights.testing import save_tiny_checkpoint, tiny_tokenizer
 
 RESIDENCIES = ["resident", "streamed"]
 # Family -> a coordinate, and the tensor and index under which a checkpoint stores it.
@@ -277,10 +279,10 @@ class FetchSpy:
         self.rows: dict[str, list[int]] = {}
         fetch, fetch_rows = Checkpoint.fetch, Checkpoint.fetch_rows
 
-        def fetch_and_count(checkpoint: Checkpoint, names: Any) -> None:
+        def fetch_and_count(checkpoint: Checkpoint, names: Any, **how: Any) -> None:
             names = list(names)
             self.tensors.extend(names)
-            fetch(checkpoint, names)
+            fetch(checkpoint, names, **how)
 
         def fetch_rows_and_count(checkpoint: Checkpoint, name: str, rows: Any) -> None:
             rows = list(rows)
@@ -314,3 +316,21 @@ def test_layer_bytes_are_the_stored_bytes(save_family):
         stored = load_file(save_family("llama") / "model.safetensors")
         expected = sum(value.nbytes for name, value in stored.items() if name.startswith("model.layers.3."))
         assert model.weights.layer_bytes(3) == expected
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_bfloat16_products_are_the_processors_choice_and_the_users(bfloat16, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "multiplies_bfloat16", lambda: bfloat16)
+    # Wide enough that its matrices are not widened whole.
+    model = save_tiny_checkpoint("llama", tmp_path, layers=3, hidden=512, intermediate=1408, dtype=torch.bfloat16)
+    streams = {}
+    for compute, residency in itertools.product(("auto", "float32"), ("resident", "streamed")):
+        with sw.load(model, residency=residency, compute=compute) as loaded:
+            streams[compute, residency] = trace(loaded, default_prompts(loaded)).stream
+            native = bfloat16 and compute == "auto"
+            assert loaded.compute_dtype == ("float32 with bfloat16 products" if native else "float32")
+    for compute in ("auto", "float32"):
+        assert torch.equal(streams[compute, "resident"], streams[compute, "streamed"])
+    assert torch.equal(streams["auto", "streamed"], streams["float32", "streamed"]) is not bfloat16
+    # Products rounded to 8 bits, a few of them one after the other.
+    assert torch.allclose(streams["auto", "streamed"], streams["float32", "streamed"], rtol=0.05, atol=0.02)

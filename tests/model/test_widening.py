@@ -142,3 +142,25 @@ class _Doubling(nn.Linear):
 def test_a_linear_with_a_forward_of_its_own_is_left_alone():
     assert not takes_wide_products(_Doubling(2, 2))
     assert not takes_wide_products(nn.Embedding(2, 2))
+
+
+def test_bfloat16_products_round_inputs_and_outputs_once():
+    inputs, weight = draw(5, LARGE[1], dtype=torch.float32), draw(*LARGE, dtype=torch.bfloat16, seed=1)
+    products = WideProducts(1, bfloat16=True)
+    found = products.product(inputs, weight)
+    exact = inputs.bfloat16().double() @ weight.double().t()
+    products.close()
+    assert found.dtype == torch.float32
+    assert torch.equal(found, found.bfloat16().float())
+    # One rounding to 8 bits, and the float32 sum's own.
+    terms = LARGE[1] * torch.finfo(torch.float32).eps * (inputs.double().abs() @ weight.double().abs().t())
+    assert ((found.double() - exact).abs() <= 2**-8 * exact.abs() + terms).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_other_dtypes_are_never_multiplied_in_bfloat16(dtype):
+    inputs, weight = draw(5, LARGE[1], dtype=torch.float32), draw(*LARGE, dtype=dtype, seed=1)
+    one, other = WideProducts(1, bfloat16=True), WideProducts(1)
+    assert torch.equal(one.product(inputs, weight), other.product(inputs, weight))
+    one.close()
+    other.close()
