@@ -51,7 +51,8 @@ No list of model names decides how a model is read. `superweights.model.architec
 4. Routed experts are read where they are packed in one parameter; a shared expert is a plain projection beside them.
 5. Row and col follow from the class: `nn.Linear` stores [rows, cols], `Conv1D` stores [cols, rows], packed experts say so.
 6. A layer without a feed-forward block has no down projection. A model without any, or with two of one kind in a layer, is
-   refused; so is a residual stream that runs in several lanes. The error says what was seen; no list is ever partial.
+   refused; so is a residual stream in several lanes or with further tokens. The error says what was seen; no list is ever
+   partial.
 """
 
 COLUMNS = """

@@ -1,4 +1,4 @@
-"""superweights: find, prove and protect the super weights of large language models.
+"""superweights: find the super weights of large language models.
 
 Example:
     >>> import superweights as sw

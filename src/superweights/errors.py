@@ -18,7 +18,7 @@ A message says what was being done, to what, what was found and what to do next.
     │   ├── UnsupportedArchitectureError  the structural rules do not fit; says what was seen
     │   ├── RemoteCodeError             the model needs its own Python code
     │   └── WeightMismatchError         tensors that do not fit the model's parameters
-    └── RecordError                     a result file that cannot be read (exit status 3)
+    └── RecordError                     a file that cannot be read as records, or written (exit status 3)
 """
 
 from collections.abc import Iterable
@@ -108,4 +108,4 @@ class WeightMismatchError(ModelError):
 
 
 class RecordError(SuperweightsError):
-    """A result file cannot be read."""
+    """A result file cannot be read, or an output file cannot be written."""

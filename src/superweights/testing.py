@@ -3,7 +3,7 @@
 Code that claims to work on every family needs every family at hand. A family is named by its `model_type`. Its config
 class says which fields it has; every field that is known to be a size is made small. The families for which this gives
 no valid model have a row in `_exceptions`, with the reason. Nothing is downloaded, and the same seed gives the same bytes.
-A super weight can be planted in any of them, to test whatever is meant to find or to keep it.
+A super weight can be planted in all that can hold one, to test whatever is meant to find or to keep it.
 """
 
 import random

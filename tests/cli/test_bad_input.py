@@ -125,6 +125,24 @@ def test_a_config_of_a_deeper_model(ask: Ask, copy: Path) -> None:
     refused(ask("find", copy), 3, str(copy), "decoder layers 6, 7", "Do config.json and the weights belong together?")
 
 
+@pytest.mark.parametrize("verb", ["find", "trace"])
+def test_a_config_of_a_shallower_model_is_said(verb: str, ask: Ask, copy: Path, tmp_path: Path) -> None:
+    change_config(copy, num_hidden_layers=5, layer_types=None)
+    answer = ask(verb, copy, "--out", tmp_path / "run.jsonl")
+    warning = "config.json describes 5 decoder layers and the files hold 6: those from 5 on were left out."
+    assert answer.status == 0
+    assert warning in answer.err
+    assert read_records(tmp_path / "run.jsonl")[0].warnings[0].startswith(warning)
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [("--rounds=0", "rounds is 0; it must be 1 or more"), ("--hold=-1", "hold is -1; it must be from 0")],
+)
+def test_a_threshold_out_of_its_range(option: str, says: str, ask: Ask, planted_checkpoint: Path) -> None:
+    refused(ask("find", planted_checkpoint, option), 2, says)
+
+
 @pytest.mark.parametrize("residency", ["streamed", "resident"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_damaged_weights_are_named_and_counted(bad: float, residency: str, ask: Ask, copy: Path) -> None:

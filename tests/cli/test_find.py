@@ -85,6 +85,7 @@ def test_out_is_a_result_file_with_the_run_and_all_evidence(ask: Ask, planted_ch
     assert run.settings == {
         "method": "residual", "massive_ratio": 50.0, "peak_share": 0.1, "layer_share": 0.25, "term_share": 0.4,
         "output_ratio": 10.0, "hold": 0.5, "persistence": 0.5, "rounds": 6, "layers": None, "nonfinite": "refuse",
+        "compute": "auto",
     }  # fmt: skip
     assert run.warnings == ()
     kinds = {kind: [each for each in records if isinstance(each, kind)] for kind in {type(each) for each in records}}

@@ -160,10 +160,10 @@ def test_a_network_that_breaks_in_the_middle_is_one_line_and_can_be_resumed(
     fetch = Checkpoint.fetch
     out = tmp_path / "run.jsonl"
 
-    def break_first(checkpoint: Checkpoint, names: tuple[str, ...]) -> None:
+    def break_first(checkpoint: Checkpoint, names: tuple[str, ...], **how: bool) -> None:
         if any(".layers.2." in name for name in names):
             hub.fail(1000, status=503)
-        fetch(checkpoint, names)
+        fetch(checkpoint, names, **how)
 
     monkeypatch.setattr(Checkpoint, "fetch", break_first)
     answer = ask("find", "acme/tiny", "--layers", "0:4", "--out", out)

@@ -1,7 +1,7 @@
 """The pure functions of detection on traces made by hand: 6 layers, 4 tokens, 16 channels, median |stream| of 1."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from superweights.detection.candidates import (
     find_candidates,
     group_sets,
 )
+from superweights.errors import UsageError
 from superweights.model.prompts import Prompt
 from superweights.model.tracing import Jump, Term, Trace
 
@@ -264,6 +265,18 @@ def test_none_because_attention_made_it() -> None:
     assert "401 at channel 5 after layer 1, token 'c', 401 medians; no single layer's down projection" in reason
 
 
+@pytest.mark.parametrize("terms", [(), (term("1:5:9", 0.0),)])
+def test_none_because_a_layer_whose_down_projection_gives_nothing_made_it(terms: tuple[Term, ...]) -> None:
+    reason = reason_for(trace_of(jump(output=0.0, output_median=0.0, terms=terms)))
+    assert "no single layer's down projection makes it" in reason
+
+
+def test_none_because_the_stream_is_all_zeros() -> None:
+    silent = trace_of()
+    reason = reason_for(replace(silent, stream=torch.zeros_like(silent.stream)))
+    assert reason.startswith("No super activation: the largest value of the residual stream is 0 ")
+
+
 def test_none_because_it_does_not_persist() -> None:
     assert reason_for(held(1.0, 1.0, 1.0, 1.0)).endswith("it does not persist in later layers.")
 
@@ -290,3 +303,30 @@ def test_none_where_two_tokens_have_the_same_share() -> None:
     one = jump(position=1, terms=(term("1:5:9", 100.0),))
     other = jump(position=2, output=200.0, terms=(term("1:5:8", 50.0),))
     assert "no scalar is decisive: the largest share is 0.25" in reason_for(trace_of(one, other))
+
+
+# The settings.
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("massive_ratio", -1.0, "0 or more"),
+        ("output_ratio", float("inf"), "0 or more"),
+        ("peak_share", 1.5, "from 0 to 1"),
+        ("layer_share", -0.1, "from 0 to 1"),
+        ("term_share", float("nan"), "from 0 to 1"),
+        ("hold", 2.0, "from 0 to 1"),
+        ("persistence", -0.5, "from 0 to 1"),
+        ("rounds", 0, "1 or more"),
+    ],
+)
+def test_a_threshold_out_of_its_range_is_refused(name: str, value: float, allowed: str) -> None:
+    with pytest.raises(UsageError, match=f"^The threshold {name} is {value:g}; it must be {allowed}\\.$"):
+        DetectionSettings(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [each.name for each in fields(DetectionSettings)])
+def test_every_threshold_has_a_range(name: str) -> None:
+    with pytest.raises(UsageError, match=name):
+        DetectionSettings(**{name: -1})  # type: ignore[arg-type]

@@ -21,12 +21,13 @@ from superweights.errors import (
     QuantizedCheckpointError,
     RemoteCodeError,
     SuperweightsError,
+    UnknownNameError,
     UnsupportedArchitectureError,
     UsageError,
     WeightMismatchError,
 )
 from superweights.model.tracing import trace
-from superweights.testing import tiny_model, tiny_tokenizer
+from superweights.testing import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 RESIDENCIES = ["resident", "streamed"]
 Change = Callable[..., Path]
@@ -138,6 +139,29 @@ def test_a_config_of_more_layers(changed_copy):
         sw.load(changed_copy(num_hidden_layers=8))
 
 
+def test_a_config_of_no_layers(changed_copy):
+    with pytest.raises(UnsupportedArchitectureError, match="num_hidden_layers 0: there is no decoder layer"):
+        sw.load(changed_copy(num_hidden_layers=0, layer_types=[]))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_a_config_of_fewer_layers_is_said(family, changed_copy):
+    """No error: prediction layers stand behind the decoder's in DeepSeek-V3."""
+    name = "n_layer" if family == "gpt2" else "num_hidden_layers"
+    with sw.load(changed_copy(family, **{name: 4}, layer_types=None), residency="streamed") as model:
+        assert stream_of(model).shape[0] == 5
+        (warning,) = model.warnings
+    assert warning.startswith(
+        "config.json describes 4 decoder layers and the files hold 6: those from 4 on were left out."
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "deepseek_v3"])
+def test_a_sound_checkpoint_gives_no_warning(family, save_family):
+    with sw.load(save_family(family), residency="streamed") as model:
+        assert model.warnings == ()
+
+
 @pytest.mark.parametrize("residency", RESIDENCIES)
 @pytest.mark.parametrize("missing", ["mlp.down_proj.weight", "post_attention_layernorm.weight"])
 def test_a_layer_that_lacks_a_tensor(missing, residency, changed_copy):
@@ -188,6 +212,24 @@ def test_a_type_that_transformers_does_not_know(changed_copy):
         UnsupportedArchitectureError, match="is of type 'odd', which the installed transformers does not know"
     ):
         sw.load(changed_copy(model_type="odd"))
+
+
+@pytest.mark.parametrize("model_type", [["llama"], {"llama": 1}, 3, None])
+def test_a_type_that_is_no_text(model_type, changed_copy):
+    with pytest.raises(UnsupportedArchitectureError, match="which the installed transformers does not know"):
+        sw.load(changed_copy(model_type=model_type))
+
+
+@pytest.mark.parametrize("auto_map", [[], ["modeling_odd.OddModel"], "modeling_odd.OddModel", None])
+def test_an_auto_map_that_is_no_map(auto_map, changed_copy):
+    with pytest.raises(UnsupportedArchitectureError, match="is of type 'odd', which the installed"):
+        sw.load(changed_copy(model_type="odd", auto_map=auto_map))
+
+
+@pytest.mark.parametrize("option", ["residency", "nonfinite", "compute"])
+def test_a_choice_that_is_not_there(option, save_family):
+    with pytest.raises(UnknownNameError, match=f"There is no {option} 'odd'"):
+        sw.load(save_family("llama"), **{option: "odd"})
 
 
 def test_a_type_without_a_causal_language_model(changed_copy):
@@ -318,6 +360,11 @@ def test_a_model_in_memory_that_the_rules_do_not_fit():
         sw.load(tiny_model("mamba"))
 
 
+def test_closing_twice_does_no_harm():
+    with sw.load(lively_model("mixtral", dtype=torch.float32), tokenizer=tiny_tokenizer()) as loaded:
+        loaded.close()
+
+
 def test_a_training_model_is_traced_without_dropout_and_trains_on():
     model = tiny_model("gpt2")
     model.train()
@@ -334,3 +381,15 @@ def test_an_edit_of_a_model_that_trains():
         with loaded.edited({Coordinate(1, None, 3, 5): 0.5}):
             assert weight[3, 5].item() == 20.0
         assert weight[3, 5].item() == 40.0
+
+
+@pytest.mark.parametrize("residency", RESIDENCIES)
+@pytest.mark.parametrize("compute", ["auto", "float32"])
+@pytest.mark.parametrize(("family", "hidden"), [("llama", 64), ("llama", 512), ("mixtral", 512)])
+def test_bfloat16_products_are_said_where_they_are_made(family, hidden, compute, residency, tmp_path, monkeypatch):
+    monkeypatch.setattr("superweights.model.streaming.multiplies_bfloat16", lambda: True)
+    sizes = {"layers": 2, "hidden": hidden, "intermediate": 2 * hidden}
+    directory = save_tiny_checkpoint(family, tmp_path / "model", dtype=torch.bfloat16, **sizes)
+    made = compute == "auto" and hidden == 512
+    with sw.load(directory, compute=compute, residency=residency) as model:
+        assert model.compute_dtype == ("float32 with bfloat16 products" if made else "float32")

@@ -81,3 +81,9 @@ def test_a_batch_is_padded_on_the_right():
     assert real.tolist() == [[True, True, True], [True, False, False]]
     assert set(ids[1, 1:].tolist()) <= {9}, "padding must not read another embedding row"
     assert ids.dtype == torch.int64
+
+
+@pytest.mark.parametrize("prompts", [[], [Prompt("", False, (), ())]])
+def test_a_batch_of_nothing_is_refused(prompts):
+    with pytest.raises(UsageError, match="at least one prompt, and at least one token in each"):
+        as_batch(prompts)

@@ -17,7 +17,7 @@ from torch import nn
 import superweights as sw
 from superweights.coordinates import Coordinate
 from superweights.detection.search import default_prompts
-from superweights.errors import ModelError, NonFiniteWeightsError, UnsupportedArchitectureError
+from superweights.errors import ModelError, NonFiniteWeightsError, UnsupportedArchitectureError, UsageError
 from superweights.model import tracing
 from superweights.model.loading import LoadedModel
 from superweights.model.prompts import Prompt
@@ -416,15 +416,24 @@ def test_finite_weights_that_overflow_are_not_called_damaged():
         trace(loaded, default_prompts(loaded))
     assert not isinstance(caught.value, NonFiniteWeightsError)
     assert "Decoder layer 2 " in str(caught.value)
-    assert "torch.float16" in str(caught.value)
+    assert "computing in float16). Load the model by its path" in str(caught.value)
+
+
+@pytest.mark.parametrize("last_layer", [-1, 6])
+@pytest.mark.parametrize("residency", RESIDENCIES)
+def test_a_last_layer_that_is_not_there_is_refused(residency, last_layer, save_family):
+    with (
+        sw.load(save_family("llama"), residency=residency) as model,
+        pytest.raises(UsageError, match=f"up to layer {last_layer}: its layers are 0 to 5"),
+    ):
+        trace(model, default_prompts(model), last_layer=last_layer)
 
 
 @pytest.mark.parametrize("family", ["gemma3n_text", "deepseek_v4", "prophetnet"])
-def test_a_stream_in_several_lanes_is_refused(family):
+def test_a_stream_of_another_form_is_refused(family):
+    words = r"decoder layer 0 has shape .* tokens of 64 channels were expected\. Several lanes, or further tokens"
     with (
         sw.load(tiny_model(family), tokenizer=tiny_tokenizer()) as model,
-        pytest.raises(
-            UnsupportedArchitectureError, match=r"decoder layer 0 has shape .* tokens of 64 channels were expected"
-        ),
+        pytest.raises(UnsupportedArchitectureError, match=words),
     ):
         trace(model, default_prompts(model))

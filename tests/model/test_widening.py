@@ -164,3 +164,20 @@ def test_other_dtypes_are_never_multiplied_in_bfloat16(dtype):
     assert torch.equal(one.product(inputs, weight), other.product(inputs, weight))
     one.close()
     other.close()
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "dtype", "rows", "rounded"),
+    [
+        (True, torch.bfloat16, 2500, True),
+        (True, torch.bfloat16, 64, False),
+        (True, torch.float16, 2500, False),
+        (False, torch.bfloat16, 2500, False),
+    ],
+)
+def test_it_says_which_products_it_rounds(bfloat16, dtype, rows, rounded):
+    products = WideProducts(1, bfloat16=bfloat16)
+    inputs, weight = draw(5, LARGE[1], dtype=torch.float32), draw(rows, LARGE[1], dtype=dtype, seed=1)
+    found = products.product(inputs, weight)
+    products.close()
+    assert products.rounds(weight) is torch.equal(found, found.bfloat16().float()) is rounded

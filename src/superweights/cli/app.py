@@ -71,7 +71,7 @@ VERBS = (
     ),
     Verb(
         "demo",
-        "Find and trace the super weight of a small model that comes with the package.",
+        "Find and trace the super weight of a small synthetic model, made on the spot.",
         ("superweights demo",),
     ),
 )
@@ -108,7 +108,7 @@ def build_app(words: Sequence[str]) -> App:
     """
     app = App(
         name="superweights",
-        help="Find, prove and protect the super weights of large language models.",
+        help="Find the super weights of large language models.",
         help_epilogue="`superweights VERB --help` explains a verb and ends with examples.",
         help_format="markdown",
         version=__version__,

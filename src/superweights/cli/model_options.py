@@ -141,17 +141,12 @@ def describe_model_run(
         compute_dtype=model.compute_dtype,
         residency=model.residency,
         device="cpu",
-        settings={**settings, "layers": options.layers, "nonfinite": options.nonfinite},
+        settings={**settings, "layers": options.layers, "nonfinite": options.nonfinite, "compute": options.compute},
     )
 
 
 def add_warnings(run: Run, model: "LoadedModel") -> Run:
     """The run with what its passes must warn about, which the user is told as well."""
-    zeroed = model.weights.zeroed if model.weights else {}
-    warnings = tuple(
-        f"{count} NaN or infinite {'weight' if count == 1 else 'weights'} of {name} set to 0"
-        for name, count in zeroed.items()
-    )
-    for warning in warnings:
+    for warning in model.warnings:
         _log.warning(warning)
-    return run.model_copy(update={"warnings": warnings})
+    return run.model_copy(update={"warnings": model.warnings})

@@ -6,18 +6,24 @@ whose product with one input makes a decisive share of it. Looking at the stream
 the last layers that only take the super activation away again.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from superweights.coordinates import Coordinate
+from superweights.errors import UsageError
 from superweights.model.tracing import Jump, Term, Trace
 
 
 @dataclass(frozen=True)
 class DetectionSettings:
-    """The thresholds. docs/detection.md says where each comes from and what moving it does."""
+    """The thresholds. docs/detection.md says where each comes from and what moving it does.
+
+    Raises:
+        UsageError: a value is out of its range; names the field and the range.
+    """
 
     massive_ratio: float = 50.0
     """A stream value is massive above this many medians of |stream| after the same layer."""
@@ -35,6 +41,25 @@ class DetectionSettings:
     """It holds in at least this share of the later layers, the model's last one left out."""
     rounds: int = 6
     """Remove what was found and search again, at most this many times."""
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if not (math.isfinite(value) and low <= value <= high):
+                allowed = f"{low} or more" if high == math.inf else f"from {low} to {high}"
+                raise UsageError(f"The threshold {name} is {value:g}; it must be {allowed}.")
+
+
+_RANGES = {
+    "massive_ratio": (0, math.inf),
+    "peak_share": (0, 1),
+    "layer_share": (0, 1),
+    "term_share": (0, 1),
+    "output_ratio": (0, math.inf),
+    "hold": (0, 1),
+    "persistence": (0, 1),
+    "rounds": (1, math.inf),
+}
 
 
 @dataclass(frozen=True)
@@ -176,6 +201,7 @@ def _is_super_activation(trace: Trace, jump: Jump, bars: Bars, settings: Detecti
     return (
         massive
         and abs(jump.after - jump.before) >= settings.layer_share * values.max().item()
+        and jump.output != 0  # a layer without a down projection, or whose projection is all zeros
         and abs(jump.output) >= settings.output_ratio * jump.output_median
     )
 
@@ -208,9 +234,12 @@ def _candidate(trace: Trace, jump: Jump, term: Term, persistence: float, round_n
 def explain_none(trace: Trace, bars: Bars, settings: DetectionSettings) -> str:
     """Says in a sentence why a trace has no candidate: which test its strongest jump fails."""
     inner = _without_last(trace)
-    ratios = trace.stream[:inner].abs() / bars.values[:inner, None, None]
+    ratios = (trace.stream[:inner].abs() / bars.values[:inner, None, None]).nan_to_num(0)  # 0 / 0: a stream of zeros
     stage, position, channel = (int(each) for each in torch.unravel_index(ratios.argmax(), ratios.shape))
-    value, median = trace.stream[stage, position, channel].item(), trace.medians[stage].item()
+    value = trace.stream[stage, position, channel].item()
+    size, bar = (
+        abs(each / trace.medians[stage]).item() for each in (trace.stream[stage, position, channel], bars.values[stage])
+    )
     prompt, token = trace.positions[position]
     where = f"channel {channel} after layer {stage - 1}, token {trace.prompts[prompt].token_texts[token]!r}"
     if stage == 0:
@@ -218,7 +247,7 @@ def explain_none(trace: Trace, bars: Bars, settings: DetectionSettings) -> str:
     if ratios.max() <= 1:
         return (
             f"No super activation: the largest value of the residual stream is {value:.4g} ({where}), "
-            f"{abs(value) / median:.3g} medians; the bar is {bars.values[stage].item() / median:.3g} medians."
+            f"{size:.3g} medians; the bar is {bar:.3g} medians."
         )
     jumps = [jump for jump in trace.jumps if _is_super_activation(trace, jump, bars, settings)]
     held = [jump for jump in jumps if (_persistence(trace, jump, settings) or 0) >= settings.persistence]
@@ -231,4 +260,4 @@ def explain_none(trace: Trace, bars: Bars, settings: DetectionSettings) -> str:
     elif held:
         share, name = max((term.product / jump.output, str(term.coordinate)) for jump in held for term in jump.terms)
         reason = f"no scalar is decisive: the largest share is {share:.2f} ({name}), the bar {settings.term_share}"
-    return f"A super activation without a super weight: {value:.4g} at {where}, {abs(value) / median:.3g} medians; {reason}."
+    return f"A super activation without a super weight: {value:.4g} at {where}, {size:.3g} medians; {reason}."

@@ -1,6 +1,6 @@
 """Find: trace, take the candidates, remove them, repeat."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -24,6 +24,7 @@ from superweights.progress import NO_PROGRESS, Progress
 
 Method = Literal["residual", "paper"]
 FLOAT16_MAX = 65504.0
+"""The largest number of float16."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ def find(
         last_layer: the last decoder layer to run; None for all.
         progress: hears about each layer of each pass.
 
+    Raises:
+        UnknownNameError: there is no such method.
+        SuperweightsError: what `trace` raises.
+
     Source:
         arXiv 2411.07191, section 3.1: spike in X and Y, remove, repeat.
     """
@@ -97,7 +102,14 @@ def _remove_and_repeat(
     if any(each.coordinate not in found for each in find_candidates(traces[-1], bars, settings)):
         return kept, f"The search stopped after its last round, {settings.rounds}, and more shows: raise `rounds`."
     ended = explain_none(traces[-1], bars, settings)
-    return kept, f"With these removed: {ended[0].lower()}{ended[1:]}" if kept else ended
+    if found:
+        ended = f"With {'these' if kept else 'them'} removed: {ended[0].lower()}{ended[1:]}"
+    return kept, f"{_dropped(refuted)}{ended}"
+
+
+def _dropped(refuted: Iterable[Coordinate]) -> str:
+    listed = ", ".join(map(str, sorted(refuted)))
+    return f"Tried and dropped, as the pass without them speaks against them: {listed}. " if listed else ""
 
 
 def default_prompts(model: LoadedModel, texts: Sequence[str] = ()) -> tuple[Prompt, ...]:
@@ -125,7 +137,7 @@ def _notes(model: LoadedModel, traced: Trace) -> tuple[str, ...]:
     largest = max([traced.stream.abs().max().item(), *(abs(peak.value) for peak in traced.peaks)])
     if largest > FLOAT16_MAX:
         notes.append(
-            f"Activations reach {largest:.4g}, which overflows float16 (largest {FLOAT16_MAX:.0f}); "
-            "here they are float32."
+            f"Activations reach {largest:.4g}, which overflows float16 (largest {FLOAT16_MAX:.0f}): "
+            "this model does not run in it."
         )
     return tuple(notes)

@@ -133,6 +133,11 @@ def read_architecture(model: Any) -> Architecture:
             f"{type(config).__name__} has no single hidden_size and num_hidden_layers: {type(model).__name__} is not one stack "
             "of decoder layers."
         )
+    if layer_count < 1:
+        raise UnsupportedArchitectureError(
+            f"{type(config).__name__} gives {type(model).__name__} num_hidden_layers {layer_count}: there is no decoder layer "
+            "to look at. Is config.json of another model?"
+        )
     layers, decoder = _decoder_layers(model, layer_count)
     projections = [
         projection

@@ -8,14 +8,21 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import nn
 
 from superweights.checkpoint import Checkpoint, ModelReference
 from superweights.coordinates import Coordinate
-from superweights.errors import MalformedFileError, ModelError, RemoteCodeError, SuperweightsError, UsageError
+from superweights.errors import (
+    MalformedFileError,
+    ModelError,
+    RemoteCodeError,
+    SuperweightsError,
+    UnknownNameError,
+    UsageError,
+)
 from superweights.model import experts
 from superweights.model.architecture import Architecture, DownProjection, read_architecture
 from superweights.model.streaming import NonFinite, StreamedWeights
@@ -34,6 +41,7 @@ class LoadedModel:
         architecture: where its parts are.
         tokenizer: its tokenizer, or None when there is none.
         checkpoint: where its weights come from; None for a model that was already in memory.
+        weights: the traffic between checkpoint and model; None for a model that was already in memory.
         residency: "resident" or "streamed".
     """
 
@@ -56,6 +64,7 @@ class LoadedModel:
         self._factors: list[tuple[Coordinate, float]] = []
         self._reader = ThreadPoolExecutor(1, "superweights-read")
         self._ahead: tuple[int, Future[None]] | None = None
+        self._unread = set(range(architecture.layer_count))
         self._last_layer = architecture.layer_count - 1
         self._progress: Progress = NO_PROGRESS
         self._hooks = [hook for layer in range(architecture.layer_count) for hook in self._hook_layer(layer)]
@@ -74,8 +83,26 @@ class LoadedModel:
         """What the forward pass computes in, in words."""
         if self.weights is None:
             return str(self.model.dtype).removeprefix("torch.")
-        stored = {entry.dtype for entry in self.weights.checkpoint.tensors.values()}
-        return "float32 with bfloat16 products" if self._products.bfloat16 and "BF16" in stored else "float32"
+        matrices = (each[0] if each.ndim == 3 else each for each in self.decoder.parameters())  # packed: one by one
+        return "float32 with bfloat16 products" if any(map(self._products.rounds, matrices)) else "float32"
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a reader of this model's numbers must know; passes add to it."""
+        if self.weights is None:
+            return ()
+        found = [
+            f"{count} NaN or infinite {'weight' if count == 1 else 'weights'} of {name} set to 0"
+            for name, count in self.weights.zeroed.items()
+        ]
+        count, stored = self.architecture.layer_count, self.weights.stored_layers
+        if stored > count:
+            found.append(
+                f"config.json describes {count} decoder layers and the files hold {stored}: those from {count} on "
+                "were left out. Layers that only predict further tokens stand there; any others mean that config.json is of "
+                "another model."
+            )
+        return tuple(found)
 
     @property
     def decoder(self) -> Any:
@@ -98,9 +125,13 @@ class LoadedModel:
         """Runs the decoder layers up to `last_layer` on [prompts, tokens]; hooks see what happens, nothing is returned.
 
         Raises:
+            UsageError: the model has no such last layer.
             ModelError: the model's own code failed.
         """
-        self._last_layer = self.architecture.layer_count - 1 if last_layer is None else last_layer
+        final = self.architecture.layer_count - 1
+        self._last_layer = final if last_layer is None else last_layer
+        if not 0 <= self._last_layer <= final:
+            raise UsageError(f"Running {self.name} up to layer {last_layer}: its layers are 0 to {final}.")
         self._progress = progress
         progress.start("forward pass", total=self._last_layer + 1, unit="layers")
         masked = {} if attention_mask is None else {"attention_mask": attention_mask}
@@ -175,8 +206,8 @@ class LoadedModel:
         for hook in self._hooks:
             hook.remove()
         self._reader.shutdown()
-        for module in self._watched:
-            experts.remove_observed_experts(module)
+        while self._watched:  # closing twice does no harm
+            experts.remove_observed_experts(self._watched.pop())
         self._products.close()
         for module in self._training:
             module.training = True
@@ -210,9 +241,11 @@ class LoadedModel:
             return
         if self.residency == "streamed":
             self._attach(layer)
-        if layer < self._last_layer:
-            names = self.weights.plan.layers[layer + 1]
-            self._ahead = (layer + 1, self._reader.submit(self.weights.checkpoint.fetch, names))
+        after = layer + 1
+        if layer < self._last_layer and (self.residency == "streamed" or after in self._unread):
+            self._unread.discard(after)  # a resident layer is read once
+            names = self.weights.plan.layers[after]
+            self._ahead = (after, self._reader.submit(self.weights.checkpoint.fetch, names))
 
     def _after_layer(self, layer: int) -> None:
         nbytes = 0
@@ -232,13 +265,15 @@ class LoadedModel:
 
     def _abandon_pass(self) -> None:
         """Leaves nothing attached and nothing being read, also after an error half-way."""
-        if self._ahead is not None:
-            self._ahead[1].exception()
-            self._ahead = None
-        if self.residency == "streamed" and self.weights is not None:
-            for layer in range(self.architecture.layer_count):
-                if any(not each.is_meta for each in self.layer(layer).parameters()):
-                    self.weights.detach_layer(layer)
+        ahead, self._ahead = self._ahead, None
+        try:
+            if ahead is not None:
+                ahead[1].exception()
+        finally:
+            if self.residency == "streamed" and self.weights is not None:
+                for layer in range(self.architecture.layer_count):
+                    if any(not each.is_meta for each in self.layer(layer).parameters()):
+                        self.weights.detach_layer(layer)
 
     def _scale(self, coordinate: Coordinate, factor: float) -> tuple[torch.Tensor, tuple[int, ...], torch.Tensor]:
         """Scales an attached weight; gives its parameter, its index and its original value."""
@@ -276,6 +311,7 @@ def load(
 
     Args:
         model: a directory, a Hub name, an fsspec URL, or a transformers model that is already in memory.
+            Of the options below, only `tokenizer` is for the latter: it stays where and as it is.
         tokenizer: replaces the checkpoint's own; needed for text prompts when `model` is already in memory.
         revision: branch, tag or commit of a Hub model.
         residency: "resident" keeps all layers attached, "streamed" one at a time. Both give the same bits.
@@ -289,12 +325,20 @@ def load(
     Raises:
         CheckpointError: the files cannot be used.
         ModelError: the model cannot be built.
+        UnknownNameError: there is no such residency, nonfinite or compute.
 
     Example:
         >>> with load(example_checkpoint) as model:
         ...     model.architecture.layer_count
         6
     """
+    for kind, chosen, choices in (
+        ("residency", residency, Residency),
+        ("nonfinite", nonfinite, NonFinite),
+        ("compute", compute, Compute),
+    ):
+        if chosen not in get_args(choices):
+            raise UnknownNameError.among(kind, chosen, get_args(choices))
     if isinstance(model, nn.Module):
         return _wrap(model, tokenizer)
     reference = ModelReference.parse(model, revision=revision)

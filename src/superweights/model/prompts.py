@@ -95,7 +95,13 @@ def _check(text: str, token_ids: tuple[int, ...], vocabulary: int) -> None:
 
 
 def as_batch(prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gives token ids [prompts, tokens], padded on the right, and whether each is real [prompts, tokens] (bool)."""
+    """Gives token ids [prompts, tokens], padded on the right, and whether each is real [prompts, tokens] (bool).
+
+    Raises:
+        UsageError: there is no prompt, or one without tokens.
+    """
+    if not prompts or not all(each.token_ids for each in prompts):
+        raise UsageError("A forward pass needs at least one prompt, and at least one token in each.")
     width = max(len(each.token_ids) for each in prompts)
     ids = torch.tensor([[*each.token_ids, *[each.token_ids[-1]] * (width - len(each.token_ids))] for each in prompts])
     lengths = torch.tensor([len(each.token_ids) for each in prompts])

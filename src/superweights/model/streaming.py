@@ -51,6 +51,7 @@ from superweights.model.widening import (
 
 NonFinite = Literal["refuse", "zero"]
 _SIXTEEN_BITS = {"BF16": torch.bfloat16, "F16": torch.float16}
+_NUMBERED = re.compile(r"(?P<head>(?:.*?\.)??)(?P<number>\d+)(?P<rest>\..+)")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class StreamedWeights:
 
     Attributes:
         zeroed: how many weights of each parameter were zeroed for being NaN or infinite.
+        stored_layers: how many decoder layers the files hold; the config may have fewer.
 
     Raises:
         UnsupportedArchitectureError: transformers has no causal language model of this type, or the rules do not fit it.
@@ -101,6 +103,7 @@ class StreamedWeights:
         self._mapping = get_model_conversion_mapping(self.model)
         targets = _targets(self.model, self._mapping, checkpoint)
         self.plan = _plan(self.model, self.architecture, targets, checkpoint)
+        self.stored_layers = _stored_layers(checkpoint.tensors, self.plan)
         _keep_sixteen_bits(self.model, self.architecture, targets, checkpoint, self.products)
         self._on_meta = dict(self.model.named_parameters(remove_duplicate=False))
         self._attach(self.plan.outside)
@@ -236,8 +239,10 @@ def _build_on_meta(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
 
 def _model_class(checkpoint: Checkpoint, *, trust_remote_code: bool) -> tuple[Any, Any]:
     name, model_type = checkpoint.reference.name, checkpoint.config.get("model_type")
-    remote = checkpoint.config.get("auto_map", {}).get("AutoModelForCausalLM")
-    if model_type not in CONFIG_MAPPING and not (remote and trust_remote_code):
+    auto_map = checkpoint.config.get("auto_map")
+    remote = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, dict) else None
+    known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+    if not known and not (remote and trust_remote_code):
         if remote:
             raise _remote_code_error(name, remote)
         raise UnsupportedArchitectureError(
@@ -307,6 +312,15 @@ def _plan(model: Any, architecture: Architecture, targets: Mapping[str, str], ch
             "together?"
         )
     return WeightPlan(tuple(tuple(names) for names in layers), tuple(outside), embedding)
+
+
+def _stored_layers(names: Iterable[str], plan: WeightPlan) -> int:
+    """How many decoder layers the files hold: numbers beyond the plan's count where the rest of the name is layer 0's."""
+    first = set(plan.layers[0])
+    numbered = [match for match in map(_NUMBERED.fullmatch, names) if match]
+    return max(
+        [len(plan.layers)] + [int(each["number"]) + 1 for each in numbered if f"{each['head']}0{each['rest']}" in first]
+    )
 
 
 def _names_of(model: Any, parameter: nn.Parameter) -> set[str]:

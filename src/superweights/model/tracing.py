@@ -153,6 +153,7 @@ def trace(
         progress: hears about each layer.
 
     Raises:
+        UsageError: no prompt, a prompt without tokens, or no such last layer.
         NonFiniteWeightsError: NaN or infinite weights were met; names them.
         ModelError: finite weights gave NaN or infinite activations.
         UnsupportedArchitectureError: the residual stream has an unknown form.
@@ -201,7 +202,8 @@ def _plain_hook(recorder: _Recorder, projection: DownProjection) -> Any:
         inputs = args[0].reshape(-1, projection.cols)
         if inputs.shape[0] != recorder.real.numel():
             raise UnsupportedArchitectureError(
-                f"{projection.module} saw {inputs.shape[0]} tokens of {recorder.real.numel()}: which ones cannot be told."
+                f"{recorder.model.name}: {projection.module} saw {inputs.shape[0]} tokens of {recorder.real.numel()}, and "
+                "which ones cannot be told."
             )
         everything = torch.arange(inputs.shape[0])
         _see(
@@ -295,7 +297,8 @@ def _stream(recorder: _Recorder, hidden: torch.Tensor, layer: int) -> torch.Tens
     if hidden.shape[-1] != channels or hidden.numel() != recorder.real.numel() * channels:
         raise UnsupportedArchitectureError(
             f"The residual stream at decoder layer {layer} has shape {list(hidden.shape)}; "
-            f"{recorder.real.numel()} tokens of {channels} channels were expected. A stream in several lanes is not supported."
+            f"{recorder.real.numel()} tokens of {channels} channels were expected. Several lanes, or further tokens, are "
+            "not supported."
         )
     return hidden.detach().float().cpu().reshape(-1, channels)[recorder.real]
 
@@ -345,9 +348,10 @@ def _non_finite_error(model: LoadedModel, layer: int) -> Exception:
     if not bad:
         where, bad = "the decoder outside its layers", _non_finite_counts(outside)
     if not bad:
+        advice = "Load the model by its path: that computes in float32." if model.weights is None else "Are they sound?"
         return ModelError(
             f"Decoder layer {layer} of {model.name} turned finite weights into NaN or infinite activations "
-            f"(computing in {next(model.model.parameters()).dtype}). Load the model by its path: that computes in float32."
+            f"(computing in {model.compute_dtype}). {advice}"
         )
     listed = ", ".join(f"{name} ({count})" for name, count in list(bad.items())[:5])
     return NonFiniteWeightsError(

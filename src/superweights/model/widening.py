@@ -50,6 +50,8 @@ class WideProducts:
     def close(self) -> None:
         """Ends the threads."""
         self._pool.shutdown()
+        # A worker's thread count of 1 is also what torch would give to threads that start later.
+        torch.set_num_threads(torch.get_num_threads())
 
     def product(self, inputs: torch.Tensor, weight: torch.Tensor, *, transposed: bool = False) -> torch.Tensor:
         """Gives `inputs @ weight.T`, or `inputs @ weight` for a transposed weight, as float32.
@@ -66,11 +68,15 @@ class WideProducts:
         flat = inputs.reshape(-1, inputs.shape[-1]).float()  # [tokens, cols]
         if weight.dtype == torch.float32 or weight.device.type != "cpu" or weight.numel() < _SMALL:
             outputs = flat @ rows_first.float().t()
-        elif weight.dtype == torch.bfloat16 and self.bfloat16:
+        elif self.rounds(weight):
             outputs = torch.nn.functional.linear(flat.bfloat16(), rows_first).float()
         else:
             outputs = self._tiled(flat, rows_first)
         return outputs.reshape(*inputs.shape[:-1], rows_first.shape[0])
+
+    def rounds(self, weight: torch.Tensor) -> bool:
+        """Whether the processor multiplies this matrix itself, which rounds inputs and outputs to bfloat16."""
+        return self.bfloat16 and weight.dtype == torch.bfloat16 and weight.numel() >= _SMALL
 
     def _tiled(self, flat: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         rows, cols = weight.shape

@@ -79,7 +79,7 @@ class Run(_Line):
     storage_dtype: str
     """Dtype of the weights in the files."""
     compute_dtype: str
-    """Dtype of the forward pass."""
+    """Dtype of the forward pass; "float32 with bfloat16 products" where the processor multiplied bfloat16 weights itself."""
     residency: Literal["resident", "streamed"] | None
     """Where the weights lived; None where no forward pass was made."""
     device: str
@@ -167,7 +167,7 @@ class ResidualPeakRecord(_Line):
 
 
 class PersistenceRecord(_Line):
-    """One channel of the residual stream after one layer, at the token of a prompt where it is largest over all layers."""
+    """One channel of the residual stream after one layer, at the token of a prompt where it is largest."""
 
     type: Literal["persistence"] = "persistence"
     prompt: Index
