@@ -29,7 +29,7 @@ from superweights.errors import ModelError, UsageError
 from superweights.model.architecture import read_architecture
 from superweights.model.loading import load
 from superweights.progress import RichProgress
-from superweights.testing import causal_lm_families, plant_super_weight, tiny_model, tiny_tokenizer
+from superweights.testing import PROMISED_FAMILIES, causal_lm_families, plant_super_weight, tiny_model, tiny_tokenizer
 
 LAYERS = (1, 2)
 RATIO = 200.0
@@ -39,37 +39,6 @@ NEAR_RATIO = 60.0
 """A planted size just above the default bar: here a threshold shows its effect first."""
 THRESHOLDS = tuple(each.name for each in fields(DetectionSettings) if each.name != "rounds")
 FACTORS = (0.5, 2.0)
-SENSITIVITY_FAMILIES = [
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "olmo",
-    "olmo2",
-    "phi",
-    "phi3",
-    "gpt2",
-    "gpt_neox",
-    "gptj",
-    "opt",
-    "falcon",
-    "bloom",
-    "mpt",
-    "stablelm",
-    "granite",
-    "cohere",
-    "mixtral",
-    "qwen2_moe",
-    "qwen3_moe",
-    "olmoe",
-    "deepseek_v3",
-    "gpt_oss",
-    "llama4_text",
-]
-"""Where every threshold is moved; all families would take an hour."""
 TRAINED = Path(__file__).parents[2] / "shared" / "models"
 
 Verdict = Literal["exact", "missed", "extra", "not planted"]
@@ -108,7 +77,7 @@ def main() -> None:
     logging.set_verbosity_error()
     started = time.monotonic()
     families = arguments.families.split(",") if arguments.families else runnable_families()
-    near = [each for each in families if each in SENSITIVITY_FAMILIES] or families
+    near = [each for each in families if each in PROMISED_FAMILIES] or families
     seeds = range(arguments.seeds)
     plain = run([Case(family, seed) for family in families for seed in seeds], "nothing planted")
     planted = run(list(planted_cases(families, seeds)), "planted")

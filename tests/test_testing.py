@@ -6,38 +6,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from superweights.errors import UnknownNameError, UnsupportedArchitectureError, UsageError
-from superweights.testing import causal_lm_families, save_tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
+from superweights.testing import (
+    PROMISED_FAMILIES,
+    causal_lm_families,
+    save_tiny_checkpoint,
+    tiny_config,
+    tiny_model,
+    tiny_tokenizer,
+)
 
-FAMILIES = [
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "olmo",
-    "olmo2",
-    "phi",
-    "phi3",
-    "gpt2",
-    "gpt_neox",
-    "gptj",
-    "opt",
-    "falcon",
-    "bloom",
-    "mpt",
-    "stablelm",
-    "granite",
-    "cohere",
-    "mixtral",
-    "qwen2_moe",
-    "qwen3_moe",
-    "olmoe",
-    "deepseek_v3",
-    "gpt_oss",
-    "llama4_text",
-]
 # One of each way to hold weights: plain, transposed, tied, dense beside experts, packed experts, hybrid, latent attention.
 KINDS = ["llama", "gpt2", "gemma3_text", "deepseek_v3", "gpt_oss", "llama4_text", "jamba", "minicpm3", "emu3", "bloom"]
 REFUSED = ["gemma4_assistant", "gemma4_unified_assistant", "musicgen", "musicgen_melody"]
@@ -57,7 +34,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
         return model(input_ids=torch.arange(1, 13)[None]).logits  # [1, tokens, vocab]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PROMISED_FAMILIES)
 def test_required_family_runs_on_tokens(family):
     model = tiny_model(family)
     found = logits(model)

@@ -31,6 +31,13 @@ from superweights.errors import UnknownNameError, UnsupportedArchitectureError, 
 from superweights.model.loading import load
 from superweights.model.tracing import trace
 
+PROMISED_FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "phi", "phi3", "gpt2"),
+    *("gpt_neox", "gptj", "opt", "falcon", "bloom", "mpt", "stablelm", "granite", "cohere", "mixtral", "qwen2_moe"),
+    *("qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "llama4_text"),
+)
+"""The families that superweights promises to serve; further ones work as docs/architectures.md says."""
+
 _HEADS = 4
 _WEIGHT_STD = 0.02
 

@@ -5,43 +5,12 @@ from building import TOKENIZER
 
 from superweights.detection.search import find
 from superweights.model.loading import load
-from superweights.testing import plant_super_weight, tiny_model
-
-FAMILIES = [
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "olmo",
-    "olmo2",
-    "phi",
-    "phi3",
-    "gpt2",
-    "gpt_neox",
-    "gptj",
-    "opt",
-    "falcon",
-    "bloom",
-    "mpt",
-    "stablelm",
-    "granite",
-    "cohere",
-    "mixtral",
-    "qwen2_moe",
-    "qwen3_moe",
-    "olmoe",
-    "deepseek_v3",
-    "gpt_oss",
-    "llama4_text",
-]
+from superweights.testing import PROMISED_FAMILIES, plant_super_weight, tiny_model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PROMISED_FAMILIES)
 def test_finds_exactly_what_was_planted(family: str) -> None:
-    layer = 1 + FAMILIES.index(family) % 2
+    layer = 1 + PROMISED_FAMILIES.index(family) % 2
     model = tiny_model(family)
     with load(model, tokenizer=TOKENIZER) as loaded:
         before = find(loaded)
