@@ -19,7 +19,7 @@ from superweights.cli.model_options import (
     open_model,
 )
 from superweights.cli.output import DEFAULT_OUTPUT, OutputSettings, write_rows, write_table, write_text
-from superweights.detection.candidates import DetectionSettings, group_sets
+from superweights.detection.candidates import DetectionSettings
 from superweights.detection.recording import record_findings
 from superweights.detection.search import Findings, default_prompts
 from superweights.detection.search import find as search
@@ -102,7 +102,7 @@ def _show(loaded: LoadedModel, findings: Findings, records: Sequence[Record], ou
     if output.format != "table":
         write_rows([each.model_dump(mode="json") for each in candidates], format=output.format)
         return
-    write_table([_row(each) for each in candidates], title=_headline(loaded, findings))
+    write_table([_row(each) for each in candidates], title=_headline(loaded, findings, candidates))
     write_text("".join(f"\n{each.text}" for each in records if isinstance(each, NoteRecord)) + "\n")
     if candidates:
         write_text(
@@ -114,8 +114,8 @@ def _show(loaded: LoadedModel, findings: Findings, records: Sequence[Record], ou
         )
 
 
-def _headline(loaded: LoadedModel, findings: Findings) -> str:
-    count, sets = len(findings.candidates), len(group_sets(findings.candidates))
+def _headline(loaded: LoadedModel, findings: Findings, candidates: Sequence[CandidateRecord]) -> str:
+    count, sets = len(candidates), len({each.set for each in candidates})
     passes = f"{len(findings.traces)} forward {'pass' if len(findings.traces) == 1 else 'passes'}"
     if not count:
         return f"No super weight candidate in {loaded.name} ({passes})."

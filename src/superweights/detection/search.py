@@ -119,15 +119,22 @@ def default_prompts(model: LoadedModel, texts: Sequence[str] = ()) -> tuple[Prom
 
 
 def _ranked(model: LoadedModel, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    ranked = []
-    for candidate in candidates:
-        projection = model.architecture.locate(candidate.coordinate)
+    """Counts the place of each candidate in its matrix, with each matrix attached once."""
+    ranked: dict[Coordinate, Candidate] = {}
+    homes = {each.coordinate: model.architecture.locate(each.coordinate) for each in candidates}
+    for projection in dict.fromkeys(homes.values()):
         with model.attached(projection) as parameter:
-            matrix = parameter if candidate.coordinate.expert is None else parameter[candidate.coordinate.expert]
-            # In pieces: the comparison takes memory of its own.
-            larger = sum(int((piece.abs() > abs(candidate.value)).sum()) for piece in torch.split(matrix, 512))
-            ranked.append(replace(candidate, rank=larger + 1, matrix_size=matrix.numel()))
-    return tuple(ranked)
+            for candidate in candidates:
+                if homes[candidate.coordinate] == projection:
+                    ranked[candidate.coordinate] = _rank(candidate, parameter)
+    return tuple(ranked[each.coordinate] for each in candidates)
+
+
+def _rank(candidate: Candidate, parameter: torch.Tensor) -> Candidate:
+    matrix = parameter if candidate.coordinate.expert is None else parameter[candidate.coordinate.expert]
+    # In pieces: the comparison takes memory of its own.
+    larger = sum(int((piece.abs() > abs(candidate.value)).sum()) for piece in torch.split(matrix, 512))
+    return replace(candidate, rank=larger + 1, matrix_size=matrix.numel())
 
 
 def _notes(model: LoadedModel, traced: Trace) -> tuple[str, ...]:

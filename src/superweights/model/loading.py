@@ -61,6 +61,7 @@ class LoadedModel:
         self.tokenizer = tokenizer
         self.weights = weights
         self.residency = residency
+        self._streamed = weights if residency == "streamed" else None
         self._factors: list[tuple[Coordinate, float]] = []
         self._reader = ThreadPoolExecutor(1, "superweights-read")
         self._ahead: tuple[int, Future[None]] | None = None
@@ -172,7 +173,7 @@ class LoadedModel:
         before = self._factors
         originals: list[tuple[torch.Tensor, tuple[int, ...], torch.Tensor]] = []
         try:
-            if self.residency == "streamed":
+            if self._streamed:
                 self._factors = [*before, *factors.items()]
             else:
                 for coordinate, factor in factors.items():
@@ -186,14 +187,13 @@ class LoadedModel:
     @contextmanager
     def attached(self, projection: DownProjection) -> Iterator[torch.Tensor]:
         """Gives the stored parameter of a down projection, loaded for as long as the context lasts."""
-        loads = self.weights is not None and self.residency == "streamed"
         try:
-            if loads:
-                self._attach(projection.layer)
+            if self._streamed:
+                self._attach(self._streamed, projection.layer)
             yield self._parameter(projection)
         finally:
-            if loads and self.weights is not None:
-                self.weights.detach_layer(projection.layer)
+            if self._streamed:
+                self._streamed.detach_layer(projection.layer)
 
     def matrix_row(self, projection: DownProjection, expert: int | None, row: int) -> torch.Tensor:
         """Gives W[row, :] of a projection whose layer is attached, in float32 [cols]."""
@@ -239,26 +239,25 @@ class LoadedModel:
             self._ahead[1].result()
         if self.weights is None:
             return
-        if self.residency == "streamed":
-            self._attach(layer)
+        if self._streamed:
+            self._attach(self._streamed, layer)
         after = layer + 1
-        if layer < self._last_layer and (self.residency == "streamed" or after in self._unread):
+        if layer < self._last_layer and (self._streamed or after in self._unread):
             self._unread.discard(after)  # a resident layer is read once
             names = self.weights.plan.layers[after]
             self._ahead = (after, self._reader.submit(self.weights.checkpoint.fetch, names))
 
     def _after_layer(self, layer: int) -> None:
         nbytes = 0
-        if self.residency == "streamed" and self.weights is not None:
-            self.weights.detach_layer(layer)
-            nbytes = self.weights.layer_bytes(layer)
+        if self._streamed:
+            self._streamed.detach_layer(layer)
+            nbytes = self._streamed.layer_bytes(layer)
         self._progress.advance(nbytes=nbytes)
         if layer >= self._last_layer:
             raise _LastLayerDone
 
-    def _attach(self, layer: int) -> None:
-        if self.weights is not None:
-            self.weights.attach_layer(layer)
+    def _attach(self, weights: StreamedWeights, layer: int) -> None:
+        weights.attach_layer(layer)
         for coordinate, factor in self._factors:
             if coordinate.layer == layer:
                 self._scale(coordinate, factor)
@@ -270,10 +269,10 @@ class LoadedModel:
             if ahead is not None:
                 ahead[1].exception()
         finally:
-            if self.residency == "streamed" and self.weights is not None:
+            if self._streamed:
                 for layer in range(self.architecture.layer_count):
                     if any(not each.is_meta for each in self.layer(layer).parameters()):
-                        self.weights.detach_layer(layer)
+                        self._streamed.detach_layer(layer)
 
     def _scale(self, coordinate: Coordinate, factor: float) -> tuple[torch.Tensor, tuple[int, ...], torch.Tensor]:
         """Scales an attached weight; gives its parameter, its index and its original value."""

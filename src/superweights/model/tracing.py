@@ -8,6 +8,7 @@ stream before and after are looked at while the weights are at hand; jumps of th
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -110,7 +111,7 @@ class Trace:
         """How many decoder layers ran."""
         return self.stream.shape[0] - 1
 
-    @property
+    @cached_property
     def medians(self) -> torch.Tensor:
         """Median of |stream| at each stage, [layers run + 1]."""
         return self.stream.abs().flatten(1).median(dim=1).values
