@@ -77,7 +77,7 @@ def test_doubling_the_weight_doubles_the_super_activation(ask: Ask, planted_chec
     ask("trace", planted_checkpoint, "--edit", "scale=2", "--weights", "2:49:7", "--out", out)
     run, records = read_records(out)
     assert residuals(records, edited=True)[2] == pytest.approx(2 * residuals(records, edited=False)[2], rel=0.05)
-    assert (run.settings["edit"], run.settings["weights"]) == ("scale=2", "2:49:7")
+    assert (run.settings["edit"], run.settings["weights"]) == (["scale=2"], "2:49:7")
 
 
 def test_the_channel_is_followed_over_the_prompts_of_the_prompt_records(traced: tuple[str, list[Record]]) -> None:
@@ -102,6 +102,26 @@ def test_a_further_prompt_keeps_the_numbering(ask: Ask, planted_checkpoint: Path
     prompts = {each.index: each.text for each in records if isinstance(each, PromptRecord)}
     assert (prompts[6], prompts[7], len(prompts)) == ("Mine", "Mine", 26)
     assert {each.prompt: each.prompt_text for each in records if isinstance(each, PersistenceRecord)} == prompts
+
+
+def test_several_edits_stand_side_by_side(ask: Ask, planted_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run.jsonl"
+    edits = ("scale=0", "scale=0+restore-sa", "sa=mean", "sa=0", "prune-largest=3")
+    words = [word for edit in edits for word in ("--edit", edit)]
+    table = ask("trace", planted_checkpoint, *words, "--weights", "2:49:7", "--out", out).out
+    assert "edit 5 value" in table
+    assert "edit 2: scale=0+restore-sa on 2:49:7" in table
+    peaks = {
+        edit: {each.layer: abs(each.value) for each in read_records(out)[1]
+               if isinstance(each, ResidualPeakRecord) and each.edit.partition(" ")[0] == edit}
+        for edit in ("", *edits)
+    }  # fmt: skip
+    original = peaks[""][3]
+    assert peaks["scale=0"][3] < 0.9 * original, "another channel is the largest now"
+    assert peaks["sa=0"][3] < 0.9 * original
+    assert peaks["scale=0+restore-sa"][3] == pytest.approx(original, rel=0.02)
+    assert peaks["sa=mean"][3] > 0.5 * original
+    assert peaks["prune-largest=3"][3] == pytest.approx(original, rel=0.5)
 
 
 def test_the_weights_of_an_earlier_search_are_edited(ask: Ask, planted_checkpoint: Path, tmp_path: Path) -> None:
@@ -173,11 +193,13 @@ def test_residencies_give_the_same_answer(ask: Ask, planted_checkpoint: Path) ->
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--edit", "scale"), "--edit scale is unknown. Write scale=FACTOR"),
-        (("--edit", "scale=x"), "--edit scale=x is unknown"),
-        (("--edit", "scale=nan"), "with a finite number"),
-        (("--edit", "scale=inf"), "with a finite number"),
-        (("--edit", "zero=1"), "as scale=0 to remove the weights"),
+        (("--edit", "scale"), "--edit scale: 'scale' has no value that fits. Write scale=FACTOR"),
+        (("--edit", "scale=x"), "'scale=x' has no value that fits"),
+        (("--edit", "scale=nan"), "has no value that fits"),
+        (("--edit", "scale=inf"), "has no value that fits"),
+        (("--edit", "scale=0+prune-largest=0"), "'prune-largest=0' has no value that fits"),
+        (("--edit", "scal=1"), "There is no edit 'scal'. Did you mean 'scale', 'sa'?"),
+        (("--edit", "restore-sa"), "no weight of it is edited"),
         (("--weights", "2:49:7"), "Add --edit, for example --edit scale=0"),
         (("--edit", "scale=1", "--weights", "2:49:7"), "changes nothing"),
         (("--edit", "scale=0", "--weights", "2:49:112"), "rows are 0 to 63, cols are 0 to 111"),

@@ -169,7 +169,7 @@ def test_removal_gives_the_class_its_forward_back(family):
     own = module(*arguments)
     before = set(vars(module))
     installed(module)
-    assert set(vars(module)) == before | {"forward", "observer"}
+    assert set(vars(module)) == before | {"forward", "observer", "corrector"}
     experts.remove_observed_experts(module)
     assert set(vars(module)) == before
     assert module.forward.__func__ is type(module).forward

@@ -10,10 +10,10 @@ import pytest
 
 from superweights.errors import RecordError
 from superweights.results import store
-from superweights.results.records import RECORD_CLASSES, Record, Run
+from superweights.results.records import RECORD_CLASSES, SCHEMA_VERSION, Record, Run
 from superweights.results.store import read_records, replace_file, write_records
 
-SCHEMA_1 = Path(__file__).with_name("schema-1.jsonl")
+SCHEMA_1, SCHEMA_2 = (Path(__file__).with_name(f"schema-{version}.jsonl") for version in (1, 2))
 
 
 def test_a_file_survives_the_trip(tmp_path, run, records):
@@ -29,12 +29,21 @@ def test_the_same_records_give_the_same_bytes(tmp_path, run, records):
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
 
 
-def test_a_file_of_schema_1_is_still_read_and_written(tmp_path):
-    run, records = read_records(SCHEMA_1)
-    assert run.schema_version == 1
+def test_a_file_of_this_schema_is_read_and_written(tmp_path):
+    run, records = read_records(SCHEMA_2)
+    assert run.schema_version == SCHEMA_VERSION == 2
     assert [each.type for each in records] == list(RECORD_CLASSES)
     write_records(tmp_path / "again.jsonl", run, records)
-    assert (tmp_path / "again.jsonl").read_bytes() == SCHEMA_1.read_bytes()
+    assert (tmp_path / "again.jsonl").read_bytes() == SCHEMA_2.read_bytes()
+
+
+def test_a_file_of_schema_1_is_still_read_and_becomes_one_of_this(tmp_path):
+    run, records = read_records(SCHEMA_1)
+    assert run.schema_version == 1
+    assert (records[-1].type, records[-1].condition, records[-1].subject) == ("measurement", "original", "")
+    write_records(tmp_path / "again.jsonl", run, records)
+    again, same = read_records(tmp_path / "again.jsonl")
+    assert (again.schema_version, same) == (SCHEMA_VERSION, records)
 
 
 def test_dash_is_stdout_and_stdin(monkeypatch, capfdbinary, run, records):
@@ -141,17 +150,17 @@ def test_a_missing_field_is_named(tmp_path, run, records):
 
 def test_unknown_types_are_skipped_with_one_warning(tmp_path, run, records, caplog):
     lines = lines_of(run, records)
-    lines[2:2] = ['{"type":"verdict","label":"critical"}'] * 2
+    lines[2:2] = ['{"type":"prophecy","label":"critical"}'] * 2
     with caplog.at_level(logging.WARNING):
         assert read_text(tmp_path, "\n".join(lines)) == (run, records)
     assert [each.getMessage().split(": ", 1)[1] for each in caplog.records] == [
-        "skipped 2 of the unknown record type 'verdict'; a newer version may know it"
+        "skipped 2 of the unknown record type 'prophecy'; a newer version may know it"
     ]
 
 
 def test_a_newer_schema_is_refused(tmp_path, run):
-    line = json.dumps(json.loads(run.model_dump_json()) | {"schema_version": 2, "new": 1})
-    with pytest.raises(RecordError, match=r"line 1: it has schema version 2, .* reads up to 1\. Use a newer"):
+    line = json.dumps(json.loads(run.model_dump_json()) | {"schema_version": 3, "new": 1})
+    with pytest.raises(RecordError, match=r"line 1: it has schema version 3, .* reads up to 2\. Use a newer"):
         read_text(tmp_path, line)
 
 

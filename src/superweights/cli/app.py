@@ -48,8 +48,60 @@ VERBS = (
         "Follow the largest residual value through the layers, with and without the super weights.",
         (
             "superweights trace ./model",
-            "superweights trace ./model --edit scale=0 --plot trace.html",
+            "superweights trace ./model --edit scale=0 --edit scale=0+restore-sa --plot trace.html",
         ),
+    ),
+    Verb(
+        "verify",
+        "Say which weights the model needs, alone or together, against a null, with intervals.",
+        (
+            "superweights verify ./model",
+            "superweights verify ./model --weights 2:3968:7003 --text wikitext2 --plot verdicts.svg",
+            "superweights verify ./model --weights found.jsonl --minutes 10 --out verdicts.jsonl",
+        ),
+    ),
+    Verb(
+        "ablate",
+        "Measure the model without its super weights, without other large weights, and with the super activation put back.",
+        (
+            "superweights ablate ./model",
+            "superweights ablate ./model --text wikitext2 --tasks all --plot table1.svg",
+            "superweights ablate ./model --others 1e-5 --windows 64 --length 512 --format csv",
+        ),
+    ),
+    Verb(
+        "scale",
+        "Multiply the super weights by factors from 0 to 3: which is best, and is the gain real?",
+        (
+            "superweights scale ./model --plot scaling.svg",
+            "superweights scale ./model --weights 2:3968:7003 --factors 0,0.5,1,1.2,2 --text wikitext2",
+        ),
+    ),
+    Verb(
+        "stopwords",
+        "Compare next-token probabilities with and without the super weights: do stop words take over?",
+        (
+            "superweights stopwords ./model",
+            "superweights stopwords ./model --text lambada --plot stopwords.svg",
+        ),
+    ),
+    Verb(
+        "sinks",
+        "Measure the attention to the first token with and without the super weights: do attention sinks survive?",
+        ("superweights sinks ./model", "superweights sinks ./model --weights 2:3968:7003 --plot sinks.svg"),
+    ),
+    Verb(
+        "compare",
+        "Compare the super weights of two models: base and tuned, merged or rounded.",
+        (
+            "superweights compare ./base ./tuned",
+            "superweights compare ./base ./tuned --weights 2:3968:7003 --plot compare.svg",
+        ),
+    ),
+    Verb(
+        "repair",
+        "Destroy the super weights and derive them again from a short text: how much comes back?",
+        ("superweights repair ./model", "superweights repair ./model --weights 2:3968:7003 --text wikitext2"),
     ),
     Verb(
         "show",
@@ -71,7 +123,7 @@ VERBS = (
     ),
     Verb(
         "demo",
-        "Find and trace the super weight of a small synthetic model, made on the spot.",
+        "Find, trace and verify super weights in a small trained model and in a synthetic one.",
         ("superweights demo",),
     ),
 )

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -19,6 +19,7 @@ from superweights.cli.model_options import (
     open_model,
 )
 from superweights.cli.output import DEFAULT_OUTPUT, OutputSettings, write_rows, write_table, write_text
+from superweights.cli.text_options import TextOptions, open_windows
 from superweights.detection.candidates import DetectionSettings
 from superweights.detection.recording import record_findings
 from superweights.detection.search import Findings, default_prompts
@@ -27,6 +28,9 @@ from superweights.model.loading import LoadedModel
 from superweights.progress import RichProgress
 from superweights.results.records import CandidateRecord, NoteRecord, Record, Run
 from superweights.results.store import STANDARD_STREAM, write_records
+
+if TYPE_CHECKING:
+    from superweights.experiments.verify import Verification
 
 
 @Parameter(name="*", negative=())
@@ -39,11 +43,14 @@ class FindSettings:
     in one pass, as the paper's code does; kept for comparison."""
     out: Annotated[str | None, FILE, HYPHEN_ALLOWED] = None
     """Write all records (peaks, candidates, notes) to this .jsonl file; - writes them to stdout in place of the table."""
+    verify: bool = False
+    """Go on to verify what was found, as the verb verify does with its defaults: does the model need it, alone or together?"""
     plot: Annotated[str | None, FILE] = None
     """Draw max |input| and |output| of the down projections by layer to this .png, .svg, .pdf or .html file."""
 
 
 _DEFAULT_SETTINGS = FindSettings()
+_DEFAULT_TEXT = Parameter(name="*", group="With --verify", negative=())(TextOptions)()
 _DEFAULT_DETECTION = Parameter(name="*", group="Thresholds")(DetectionSettings)()
 
 
@@ -54,13 +61,15 @@ def find(
     settings: FindSettings = _DEFAULT_SETTINGS,
     options: ModelOptions = DEFAULT_MODEL_OPTIONS,
     detection: DetectionSettings = _DEFAULT_DETECTION,
+    text: TextOptions = _DEFAULT_TEXT,
     output: OutputSettings = DEFAULT_OUTPUT,
 ) -> int:
     """Finds super weight candidates from forward passes over a few short prompts. Needs no data set.
 
     A candidate makes a decisive share of a super activation: a value of the residual stream that dwarfs its median, appears
     at one layer and persists. It is removed and the search repeated. A candidate is a structure, not yet a verdict: whether the
-    model needs it is another question. Finding none is an answer too, with its reason and exit status 0.
+    model needs it is another question, which --verify and the verb verify answer on a text. Finding none is an answer too, with
+    its reason and exit status 0.
 
     Args:
         model: A directory, a Hub name or a URL.
@@ -68,7 +77,10 @@ def find(
     check_targets(records=settings.out, charts=[settings.plot])
     with open_model(model, options) as loaded:
         run = describe_model_run(
-            loaded, options, command=sys.argv, settings={"method": settings.method, **asdict(detection)}
+            loaded,
+            options,
+            command=sys.argv,
+            settings={"method": settings.method, **asdict(detection), **(asdict(text) if settings.verify else {})},
         )
         findings = search(
             loaded,
@@ -79,12 +91,27 @@ def find(
             progress=RichProgress(),
         )
         records = list(record_findings(findings))
+        verification = _verify(loaded, findings, text) if settings.verify and findings.candidates else None
+        verdicts = list(verification.records()) if verification else []
         try:
-            _leave(settings, add_warnings(run, loaded), records, model)
+            _leave(settings, add_warnings(run, loaded), [*records, *verdicts], model)
         finally:  # a full disk must not cost the answer
             if settings.out != STANDARD_STREAM:
                 _show(loaded, findings, records, output)
+                if verification:
+                    from superweights.cli.verify import show_verdicts
+
+                    write_text("\n" if output.format == "table" else "")
+                    show_verdicts(loaded, verification, verdicts, output)
     return 0
+
+
+def _verify(loaded: LoadedModel, findings: Findings, text: TextOptions) -> "Verification":
+    from superweights.cli.verify import VERIFY_LENGTH
+    from superweights.experiments.verify import verify
+
+    windows = open_windows(loaded, text, at_most=VERIFY_LENGTH)
+    return verify(loaded, [each.coordinate for each in findings.candidates], windows, progress=RichProgress())
 
 
 def _leave(settings: FindSettings, run: Run, records: Sequence[Record], model: str) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 from cyclopts import Parameter
 
 from superweights.checkpoint import Checkpoint, quantization_of
+from superweights.checkpoint.stored_projection import StoredProjection, find_stored_projection, named_stored_projection
 from superweights.cli.output import DEFAULT_OUTPUT, OutputSettings, write_rows, write_table, write_text
-from superweights.cli.stored_projection import StoredProjection, find_stored_projection, named_stored_projection
 from superweights.cli.stored_weight import StoredWeight, read_stored_weight
 from superweights.coordinates import Coordinate
 from superweights.detection.published import PublishedWeight, published_name, published_weights

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from superweights.checkpoint import Checkpoint, StoredScalar
-from superweights.cli.stored_projection import StoredProjection
+from superweights.checkpoint.stored_projection import StoredProjection
 from superweights.coordinates import Coordinate
 
 _REACH = 3

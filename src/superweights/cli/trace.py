@@ -1,11 +1,12 @@
 """The verb `trace`: the super activation through the layers, with and without the weights that make it."""
 
-import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
+import torch
 from cyclopts import Parameter
 
 from superweights.cli.model_options import (
@@ -25,6 +26,8 @@ from superweights.coordinates import Coordinate
 from superweights.detection.recording import record_peaks, record_persistence, record_prompts, record_residual_peaks
 from superweights.detection.search import default_prompts
 from superweights.errors import UsageError
+from superweights.interventions.edit_text import parse_edit
+from superweights.interventions.rows import applied
 from superweights.model.loading import LoadedModel
 from superweights.model.prompts import VARIED_TEXTS
 from superweights.model.tracing import Trace
@@ -42,8 +45,10 @@ from superweights.results.store import STANDARD_STREAM, write_records
 class TraceSettings:
     """What `trace` compares and what it leaves behind."""
 
-    edit: Annotated[str | None, Parameter(metavar="scale=FACTOR")] = None
-    """Trace once more with the weights edited: scale=0 removes them, scale=2 doubles them."""
+    edit: Annotated[tuple[str, ...], Parameter(metavar="EDIT", show_default=False)] = ()
+    """Trace once more with an edit: scale=FACTOR (0 removes the weights), restore-sa (put the super activation back), sa=FACTOR
+    or sa=mean (edit the super activation itself), prune-largest=SHARE or COUNT (the largest other weights of every matrix), or
+    several joined by +, as scale=0+restore-sa. May be given several times."""
     weights: Annotated[str, HYPHEN_ALLOWED, Parameter(metavar="WEIGHTS")] = "auto"
     """Which weights to edit: auto (find them first), published (from the index), a .jsonl file of `find` (- for stdin), or
     coordinates such as 2:3968:7003, separated by commas."""
@@ -68,20 +73,20 @@ def trace(
 ) -> int:
     """Follows the largest value of the residual stream through the layers, over a dozen prompts of many kinds.
 
-    With --edit, the weights of --weights are scaled and the pass repeated, as in figure 4 of the paper: where a super weight
-    made the super activation, the curve falls. --plot-persistence shows whether the channel of the largest value is the same
+    With --edit, the model is edited and the pass repeated, as in figure 4 of the paper: where a super weight made the super
+    activation, the curve falls. --plot-persistence shows whether the channel of the largest value is the same
     for all prompts.
 
     Args:
         model: A directory, a Hub name or a URL.
     """
-    factor = _factor(settings)
+    _check_edits(settings)
     check_targets(records=settings.out, charts=[settings.plot, settings.plot_persistence])
     with open_model(model, options) as loaded:
         run = describe_model_run(
-            loaded, options, command=sys.argv, settings={"edit": settings.edit, "weights": settings.weights}
+            loaded, options, command=sys.argv, settings={"edit": list(settings.edit), "weights": settings.weights}
         )
-        records = list(_records(loaded, settings, options, factor))
+        records = list(_records(loaded, settings, options))
         run = add_warnings(run, loaded)
     try:
         _leave(settings, run, records, model)
@@ -91,20 +96,12 @@ def trace(
     return 0
 
 
-def _factor(settings: TraceSettings) -> float | None:
-    if settings.edit is None:
-        if settings.weights != _DEFAULT_SETTINGS.weights:
-            raise UsageError(f"--weights {settings.weights} says what to edit. Add --edit, for example --edit scale=0.")
-        return None
-    name, _, value = settings.edit.partition("=")
-    try:
-        if name == "scale" and math.isfinite(float(value)):
-            return float(value)
-    except ValueError:
-        pass
-    raise UsageError(
-        f"--edit {settings.edit} is unknown. Write scale=FACTOR with a finite number, as scale=0 to remove the weights."
-    )
+def _check_edits(settings: TraceSettings) -> None:
+    """A wrong word must not cost a search."""
+    if not settings.edit and settings.weights != _DEFAULT_SETTINGS.weights:
+        raise UsageError(f"--weights {settings.weights} says what to edit. Add --edit, for example --edit scale=0.")
+    for text in settings.edit:
+        parse_edit(text, (), mean=lambda _: 0.0)
 
 
 def _leave(settings: TraceSettings, run: Run, records: Sequence[Record], model: str) -> None:
@@ -117,12 +114,10 @@ def _leave(settings: TraceSettings, run: Run, records: Sequence[Record], model: 
         save_chart(chart, settings.plot_persistence)
 
 
-def _records(
-    loaded: LoadedModel, settings: TraceSettings, options: ModelOptions, factor: float | None
-) -> Iterator[Record]:
+def _records(loaded: LoadedModel, settings: TraceSettings, options: ModelOptions) -> Iterator[Record]:
     last, progress = last_layer(loaded, options.layers), RichProgress()
     weights: tuple[Coordinate, ...] = ()
-    if factor is not None:
+    if settings.edit:
         searched = default_prompts(loaded, options.prompt)
         weights = chosen_weights(settings.weights, loaded, prompts=searched, last_layer=last, progress=progress)
     prompts = default_prompts(loaded, (*options.prompt, *VARIED_TEXTS))
@@ -131,17 +126,26 @@ def _records(
     yield from record_peaks(original)
     yield from record_residual_peaks(original)
     yield from record_persistence(original, _largest_channel(original))
-    if factor is not None and not weights:
+    if settings.edit and not weights:
         yield NoteRecord(level="warning", text="No super weight candidate was found, so nothing was edited.")
-    elif factor is not None:
-        with loaded.edited(dict.fromkeys(weights, factor)):
+        return
+    for text in settings.edit:
+        condition = parse_edit(text, weights, mean=partial(_mean_super_activation, original))
+        with applied(loaded, condition):
             edited = run_trace(loaded, prompts, last_layer=last, progress=progress)
         yield from record_peaks(edited, edited=True)
-        yield from record_residual_peaks(edited, edit=_describe(factor, weights))
+        yield from record_residual_peaks(edited, edit=condition.name)
 
 
-def _describe(factor: float, weights: Sequence[Coordinate]) -> str:
-    return f"scale={factor:g} on {', '.join(map(str, weights))}"
+def _mean_super_activation(trace: Trace, weight: Coordinate) -> float:
+    """Mean over the prompts of the largest value of the weight's row after its layer."""
+    values = trace.stream[weight.layer + 1, :, weight.row]
+    owners = torch.tensor([prompt for prompt, _ in trace.positions])
+    largest = []
+    for prompt in range(len(trace.prompts)):
+        mine = values[owners == prompt]
+        largest.append(mine[mine.abs().argmax()].item())
+    return sum(largest) / len(largest)
 
 
 def _largest_channel(trace: Trace) -> int:
@@ -155,20 +159,29 @@ def _show(records: Sequence[Record], model: str, output: OutputSettings) -> None
         write_rows([each.model_dump(mode="json") for each in peaks], format=output.format)
         return
     count = sum(isinstance(each, PromptRecord) for each in records)
-    edits = list(dict.fromkeys(each.edit for each in peaks))
+    edits = list(dict.fromkeys(each.edit for each in peaks if each.edit))
     write_table(
         [
-            _row(each, [other for other in peaks if other.layer == each.layer and other.edit])
+            _row(
+                each,
+                {edit: other for edit in edits for other in peaks if (other.layer, other.edit) == (each.layer, edit)},
+            )
             for each in peaks
             if not each.edit
         ],
         title=f"Largest |residual| by layer in {model}, over {count} prompts; layer -1 is the embedding output.",
     )
-    write_text("".join(f"\nedited: {edit}\n" for edit in edits if edit))
+    write_text("".join(f"\n{name}: {edit}\n" for name, edit in zip(_edit_names(edits), edits, strict=True)))
     write_text("".join(f"\n{each.text}\n" for each in records if isinstance(each, NoteRecord)))
 
 
-def _row(peak: ResidualPeakRecord, edited: Sequence[ResidualPeakRecord]) -> dict[str, object]:
+def _edit_names(edits: Sequence[str]) -> list[str]:
+    """What the columns of each edit are called."""
+    return ["edited"] if len(edits) == 1 else [f"edit {number}" for number in range(1, len(edits) + 1)]
+
+
+def _row(peak: ResidualPeakRecord, edited: Mapping[str, ResidualPeakRecord]) -> dict[str, object]:
+    names = zip(_edit_names(list(edited)), edited.values(), strict=True)
     return {
         "layer": peak.layer,
         "value": peak.value,
@@ -176,5 +189,5 @@ def _row(peak: ResidualPeakRecord, edited: Sequence[ResidualPeakRecord]) -> dict
         "medians": round(abs(peak.value) / peak.median, 1) if peak.median else None,
         "token": f"{peak.token_text!r} at {peak.token}",
         "prompt": peak.prompt,
-        **{f"edited {name}": getattr(each, name) for each in edited for name in ("value", "channel")},
+        **{f"{column} {name}": getattr(each, name) for column, each in names for name in ("value", "channel")},
     }

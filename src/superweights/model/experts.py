@@ -18,6 +18,8 @@ ExpertObserver = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.
 
 The outputs are those of the down projection alone; what reaches the residual stream is outputs * routing weights.
 """
+ExpertCorrector = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Called before the observer with expert, token indices [n], inputs [n, cols] and outputs [n, rows], which it may change."""
 
 
 def is_routed(module: nn.Module) -> bool:
@@ -41,15 +43,15 @@ def is_batched(module: nn.Module) -> bool:
 
 
 def install_observed_experts(module: nn.Module, products: WideProducts) -> None:
-    """Makes the experts compute in float32 and report to `module.observer`, an `ExpertObserver` or None."""
-    module.observer = None  # type: ignore[assignment]
+    """Makes the experts compute in float32, and call `module.corrector` and `module.observer` where they are not None."""
+    module.observer = module.corrector = None  # type: ignore[assignment]
     forward = _routed_forward if is_routed(module) else _batched_forward
     module.forward = partial(forward, module, products)
 
 
 def remove_observed_experts(module: nn.Module) -> None:
     """Gives the experts their own forward pass back."""
-    del module.forward, module.observer
+    del module.forward, module.observer, module.corrector
 
 
 def _routed_forward(
@@ -68,6 +70,8 @@ def _routed_forward(
             expert,
             products.product(inputs, module.down_proj[expert], transposed=module.is_transposed),
         )
+        if module.corrector is not None:
+            module.corrector(expert, tokens, inputs, outputs)
         if module.observer is not None:
             module.observer(expert, tokens, inputs, outputs, routing)
         if getattr(module, "has_post_expert_norm", False):
@@ -97,6 +101,8 @@ def _batched_forward(module: Any, products: WideProducts, hidden: torch.Tensor) 
         gate, up = products.product(per_expert[expert], module.gate_up_proj[expert], transposed=True).chunk(2, dim=-1)
         inputs = up * module.act_fn(gate)
         outputs[expert] = products.product(inputs, module.down_proj[expert], transposed=True)
+        if module.corrector is not None:
+            module.corrector(expert, tokens, inputs, outputs[expert])
         if module.observer is not None:
             module.observer(expert, tokens, inputs, outputs[expert], torch.ones_like(tokens, dtype=torch.float32))
     return outputs.view(-1, outputs.shape[-1]).to(hidden.dtype)

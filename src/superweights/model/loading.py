@@ -4,7 +4,7 @@ Residency says where weights live, not how the model computes: both give the sam
 layer and reads the next while it computes; a resident one holds all of them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +17,7 @@ from superweights.checkpoint import Checkpoint, ModelReference
 from superweights.coordinates import Coordinate
 from superweights.errors import (
     MalformedFileError,
+    MissingTensorError,
     ModelError,
     RemoteCodeError,
     SuperweightsError,
@@ -25,7 +26,7 @@ from superweights.errors import (
 )
 from superweights.model import experts
 from superweights.model.architecture import Architecture, DownProjection, read_architecture
-from superweights.model.streaming import NonFinite, StreamedWeights
+from superweights.model.streaming import NonFinite, StoredEdit, StreamedWeights
 from superweights.model.widening import Compute, WideProducts
 from superweights.progress import NO_PROGRESS, Progress
 
@@ -43,6 +44,8 @@ class LoadedModel:
         checkpoint: where its weights come from; None for a model that was already in memory.
         weights: the traffic between checkpoint and model; None for a model that was already in memory.
         residency: "resident" or "streamed".
+        pass_tokens: how many tokens each row of the running, or last, pass has.
+        pass_mask: its attention mask, or None.
     """
 
     def __init__(
@@ -67,6 +70,11 @@ class LoadedModel:
         self._ahead: tuple[int, Future[None]] | None = None
         self._unread = set(range(architecture.layer_count))
         self._last_layer = architecture.layer_count - 1
+        self.pass_tokens = 0
+        self.pass_mask: torch.Tensor | None = None
+        self._whole = False
+        self._head_attached = weights is None
+        self._output_class: Any = None
         self._progress: Progress = NO_PROGRESS
         self._hooks = [hook for layer in range(architecture.layer_count) for hook in self._hook_layer(layer)]
         self._products = weights.products if weights else WideProducts(1)
@@ -122,8 +130,11 @@ class LoadedModel:
         attention_mask: torch.Tensor | None = None,
         last_layer: int | None = None,
         progress: Progress = NO_PROGRESS,
-    ) -> None:
-        """Runs the decoder layers up to `last_layer` on [prompts, tokens]; hooks see what happens, nothing is returned.
+    ) -> Any:
+        """Runs the decoder layers up to `last_layer` on [prompts, tokens]; hooks see what happens.
+
+        Returns:
+            What the decoder returns; None where it stops before its last layer.
 
         Raises:
             UsageError: the model has no such last layer.
@@ -133,14 +144,16 @@ class LoadedModel:
         self._last_layer = final if last_layer is None else last_layer
         if not 0 <= self._last_layer <= final:
             raise UsageError(f"Running {self.name} up to layer {last_layer}: its layers are 0 to {final}.")
+        self.pass_tokens = input_ids.shape[1]
+        self.pass_mask = attention_mask
         self._progress = progress
         progress.start("forward pass", total=self._last_layer + 1, unit="layers")
         masked = {} if attention_mask is None else {"attention_mask": attention_mask}
         try:
             with torch.no_grad():
-                self.decoder(input_ids=input_ids, use_cache=False, **masked)
+                return self.decoder(input_ids=input_ids, use_cache=False, **masked)
         except _LastLayerDone:
-            pass
+            return None
         except SuperweightsError:
             raise
         except Exception as error:
@@ -153,6 +166,64 @@ class LoadedModel:
         finally:
             progress.finish()
             self._abandon_pass()
+
+    def states(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        progress: Progress = NO_PROGRESS,
+    ) -> torch.Tensor:
+        """Runs the whole decoder and gives its last states, [rows, tokens, hidden]; `logits` makes logits of them.
+
+        Args:
+            input_ids: token ids [rows, tokens].
+            attention_mask: 1 for real tokens, 0 for padding, [rows, tokens]; None where all are real.
+            progress: hears about each layer.
+
+        Raises:
+            ModelError: the model's own code failed.
+        """
+        self._whole = True
+        try:
+            output = self.run(input_ids, attention_mask=attention_mask, progress=progress)
+        finally:
+            self._whole = False
+        self._output_class = type(output)
+        states: torch.Tensor = output.last_hidden_state
+        return states
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits of last states, by the model's own code behind its decoder: head, scaling, soft cap.
+
+        The logits of a long window over a large vocabulary do not fit in memory: hand in a piece of the states at a time.
+
+        Args:
+            states: any part of what `states` gave, [rows, tokens, hidden].
+
+        Returns:
+            [rows, tokens, vocabulary], float32.
+
+        Raises:
+            ModelError: the model's own code failed.
+        """
+        if self.weights is not None and not self._head_attached:
+            self.weights.attach_head()
+            self._head_attached = True
+        decoder, decoded = self.decoder, self._output_class(last_hidden_state=states)
+        decoder.forward = lambda *_, **__: decoded
+        try:
+            with torch.no_grad():
+                ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
+                logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+        except Exception as error:
+            raise ModelError(
+                f"Running {self.name}: {type(self.model).__name__} could not make logits of the states of its decoder: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        finally:
+            del decoder.forward
+        return logits.float()
 
     def outside_layers(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The decoder's parameters outside its layers, by full name."""
@@ -171,18 +242,51 @@ class LoadedModel:
         for coordinate in factors:
             self.architecture.locate(coordinate)
         before = self._factors
-        originals: list[tuple[torch.Tensor, tuple[int, ...], torch.Tensor]] = []
+        originals: list[tuple[Coordinate, torch.Tensor]] = []
         try:
-            if self._streamed:
-                self._factors = [*before, *factors.items()]
-            else:
-                for coordinate, factor in factors.items():
-                    originals.append(self._scale(coordinate, factor))
+            for coordinate, factor in factors.items():
+                if not self._streamed:
+                    originals.append((coordinate, self._scale(coordinate, factor)))
+                self._factors = [*self._factors, (coordinate, factor)]
             yield
         finally:
             self._factors = before
-            for parameter, index, original in reversed(originals):
-                parameter[index] = original
+            for coordinate, original in reversed(originals):  # the parameter may be another one by now
+                projection = self.architecture.locate(coordinate)
+                self._parameter(projection)[projection.index(coordinate)] = original
+
+    @contextmanager
+    def stored_edited(self, edits: Mapping[str, StoredEdit]) -> Iterator[None]:
+        """Edits tensors of decoder layers as they are stored, before they become parameters, until the context ends.
+
+        Layers that are attached are attached again, with and then without the edits: what else was changed in their parameters
+        by hand is lost. Factors of `edited` stay in force and come after, whichever context was entered first.
+
+        Args:
+            edits: what is done to each stored tensor, by its name in the checkpoint.
+
+        Raises:
+            UsageError: the model does not come from a checkpoint.
+            MissingTensorError: no decoder layer is made of a tensor of that name.
+        """
+        weights = self.weights
+        if weights is None:
+            raise UsageError(f"Editing stored tensors of {self.name}: it was in memory already. Edit its parameters.")
+        layers = [layer for layer, names in enumerate(weights.plan.layers) if edits.keys() & set(names)]
+        strange = sorted(edits.keys() - {name for layer in layers for name in weights.plan.layers[layer]})
+        if strange:
+            raise MissingTensorError(
+                f"Editing stored tensors of {self.name}: no decoder layer of {type(self.model).__name__} is made of "
+                f"{', '.join(strange[:5])}. Edit weights of the decoder layers."
+            )
+        before = weights.edits
+        try:
+            weights.edits = (*before, edits)
+            self._attach_again(weights, layers)
+            yield
+        finally:
+            weights.edits = before
+            self._attach_again(weights, layers)
 
     @contextmanager
     def attached(self, projection: DownProjection) -> Iterator[torch.Tensor]:
@@ -253,14 +357,25 @@ class LoadedModel:
             self._streamed.detach_layer(layer)
             nbytes = self._streamed.layer_bytes(layer)
         self._progress.advance(nbytes=nbytes)
-        if layer >= self._last_layer:
+        if self._last_layer <= layer and not self._whole:
             raise _LastLayerDone
 
     def _attach(self, weights: StreamedWeights, layer: int) -> None:
+        if self._is_attached(layer):
+            weights.detach_layer(layer)  # nothing is scaled twice
         weights.attach_layer(layer)
         for coordinate, factor in self._factors:
             if coordinate.layer == layer:
                 self._scale(coordinate, factor)
+
+    def _attach_again(self, weights: StreamedWeights, layers: Iterable[int]) -> None:
+        """Brings the edits in force to the layers that are attached, or should be."""
+        for layer in layers:
+            if not self._streamed or self._is_attached(layer):
+                self._attach(weights, layer)
+
+    def _is_attached(self, layer: int) -> bool:
+        return any(not each.is_meta for each in self.layer(layer).parameters())
 
     def _abandon_pass(self) -> None:
         """Leaves nothing attached and nothing being read, also after an error half-way."""
@@ -271,25 +386,67 @@ class LoadedModel:
         finally:
             if self._streamed:
                 for layer in range(self.architecture.layer_count):
-                    if any(not each.is_meta for each in self.layer(layer).parameters()):
+                    if self._is_attached(layer):
                         self._streamed.detach_layer(layer)
 
-    def _scale(self, coordinate: Coordinate, factor: float) -> tuple[torch.Tensor, tuple[int, ...], torch.Tensor]:
-        """Scales an attached weight; gives its parameter, its index and its original value."""
+    def weight_change(self, coordinate: Coordinate, factor: float) -> float:
+        """What scaling adds to a weight of an attached layer, after rounding to its stored dtype; the weight stays.
+
+        Raises:
+            UsageError: scaling changes nothing.
+        """
         projection = self.architecture.locate(coordinate)
-        parameter, index = self._parameter(projection), projection.index(coordinate)
-        original = parameter[index].clone()
-        parameter[index] *= factor
-        if torch.equal(parameter[index], original):
-            raise UsageError(
-                f"Scaling {coordinate} of {self.name} by {factor:g} changes nothing: the weight is {original.item():g}. "
-                "Choose another weight or factor."
-            )
-        return parameter, index, original
+        cell = self._parameter(projection)[projection.index(coordinate)].clone()[None]
+        original = self._scale_at(projection, cell, (0,), coordinate, factor)
+        return cell.item() - original.item()
+
+    def _scale(self, coordinate: Coordinate, factor: float) -> torch.Tensor:
+        """Scales an attached weight; gives its original value."""
+        projection = self.architecture.locate(coordinate)
+        return self._scale_at(projection, self._parameter(projection), projection.index(coordinate), coordinate, factor)
+
+    def _scale_at(
+        self,
+        projection: DownProjection,
+        tensor: torch.Tensor,
+        index: tuple[int, ...],
+        coordinate: Coordinate,
+        factor: float,
+    ) -> torch.Tensor:
+        storage = self.weights.storage.get(projection.name) if self.weights else None
+        return scale_weight(tensor, index, factor, storage=storage, what=f"{coordinate} of {self.name}")
 
     def _parameter(self, projection: DownProjection) -> torch.Tensor:
         parameter: torch.Tensor = self.model.get_parameter(projection.name).data
         return parameter
+
+
+def scale_weight(
+    tensor: torch.Tensor, index: tuple[int, ...], factor: float, *, storage: torch.dtype | None = None, what: str
+) -> torch.Tensor:
+    """Multiplies one weight in place, in float32, and rounds it to the dtype in which it is stored.
+
+    Args:
+        tensor: holds the weight.
+        index: where.
+        factor: what it is multiplied by.
+        storage: the dtype in which the weight is stored, where the tensor is wider.
+        what: the weight, for messages.
+
+    Returns:
+        The original value, a scalar of the tensor's dtype.
+
+    Raises:
+        UsageError: the weight stays as it is.
+    """
+    original = tensor[index].clone()
+    scaled = (original.float() * factor).to(storage or tensor.dtype)
+    if scaled.item() == original.item():
+        raise UsageError(
+            f"Scaling {what} by {factor:g} changes nothing: the weight is {original.item():g}. Choose another weight or factor."
+        )
+    tensor[index] = scaled
+    return original
 
 
 class _LastLayerDone(Exception):

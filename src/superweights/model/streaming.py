@@ -9,7 +9,7 @@ import inspect
 import mmap
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -50,6 +50,8 @@ from superweights.model.widening import (
 )
 
 NonFinite = Literal["refuse", "zero"]
+StoredEdit = Callable[[torch.Tensor], None]
+"""Changes a tensor in place, as it is stored."""
 _SIXTEEN_BITS = {"BF16": torch.bfloat16, "F16": torch.float16}
 _NUMBERED = re.compile(r"(?P<head>(?:.*?\.)??)(?P<number>\d+)(?P<rest>\..+)")
 
@@ -64,6 +66,8 @@ class WeightPlan:
     """Tensors of the decoder outside its layers, but for the token embedding: norms, position embeddings."""
     embedding: str
     """The token embedding, of which only the prompt's rows are read."""
+    head: tuple[str, ...]
+    """Tensors behind the decoder, which turn its last states into logits; a tied one is `embedding` itself."""
 
 
 class StreamedWeights:
@@ -78,6 +82,8 @@ class StreamedWeights:
     Attributes:
         zeroed: how many weights of each parameter were zeroed for being NaN or infinite.
         stored_layers: how many decoder layers the files hold; the config may have fewer.
+        storage: the dtype in which the weights of each parameter are stored; they may be wider in the model.
+        edits: what is done to stored tensors of decoder layers, by name, before they become parameters, one after the other.
 
     Raises:
         UnsupportedArchitectureError: transformers has no causal language model of this type, or the rules do not fit it.
@@ -96,15 +102,22 @@ class StreamedWeights:
         checkpoint.require_plain("running a forward pass")
         self.checkpoint = checkpoint
         self.zeroed: dict[str, int] = {}
+        self.edits: tuple[Mapping[str, StoredEdit], ...] = ()
+        self._touched: set[str] = set()
         self._nonfinite = nonfinite
         self.model = _build_on_meta(checkpoint, trust_remote_code=trust_remote_code)
         self.architecture: Architecture = read_architecture(self.model)
         self.products = WideProducts(bfloat16=compute == "auto" and multiplies_bfloat16())
         self._mapping = get_model_conversion_mapping(self.model)
         targets = _targets(self.model, self._mapping, checkpoint)
+        self.storage = {
+            target: getattr(torch, checkpoint.tensors[name].storage.torch or "", None)
+            for name, target in targets.items()
+        }
         self.plan = _plan(self.model, self.architecture, targets, checkpoint)
         self.stored_layers = _stored_layers(checkpoint.tensors, self.plan)
         _keep_sixteen_bits(self.model, self.architecture, targets, checkpoint, self.products)
+        self._embedding_names = _names_of(self.model, self.model.get_input_embeddings().weight)
         self._on_meta = dict(self.model.named_parameters(remove_duplicate=False))
         self._attach(self.plan.outside)
         self._zero_nonfinite(targets[name] for name in self.plan.outside)
@@ -137,18 +150,58 @@ class StreamedWeights:
         for name, _ in list(self.model.get_submodule(prefix).named_parameters(remove_duplicate=False)):
             _set_parameter(self.model, f"{prefix}.{name}", self._on_meta[f"{prefix}.{name}"])
         self.checkpoint.drop(self.plan.layers[layer])
+        self._touched.difference_update(self.plan.layers[layer])
+
+    def attach_head(self) -> None:
+        """Gives what stands behind the decoder its weights; a matrix that is tied to the embedding is read from there.
+
+        Raises:
+            WeightMismatchError: a parameter has no tensor.
+        """
+        self._attach(self.plan.head)
+        for name, value in self._outside_decoder():
+            if value.is_meta and name in self._embedding_names:
+                self._attach_tied_embedding(name)
+            elif value.is_meta and (source := self.model.all_tied_weights_keys.get(name)):
+                _set_parameter(self.model, name, self.model.get_parameter(source))
+        empty = [name for name, value in self._outside_decoder() if value.is_meta]
+        if empty:
+            raise WeightMismatchError(
+                f"Loading the head of {self.checkpoint.reference.name}: the checkpoint has no tensor for "
+                f"{', '.join(empty[:5])}. Is config.json of another model?"
+            )
+
+    def _outside_decoder(self) -> list[tuple[str, nn.Parameter]]:
+        named = self.model.named_parameters(remove_duplicate=False)
+        return [(name, value) for name, value in named if not _is_inside(name, self.architecture.decoder)]
+
+    def _attach_tied_embedding(self, name: str) -> None:
+        """The whole embedding as the head's matrix, as it is stored where the head can multiply it so."""
+        self.checkpoint.fetch((self.plan.embedding,))
+        stored = self.checkpoint.view(self.plan.embedding)  # [vocabulary, channels]
+        module = self.model.get_submodule(name.rpartition(".")[0])
+        wide = stored.dtype in _SIXTEEN_BITS.values() and takes_wide_products(module)
+        if wide:
+            install_wide_products(module, self.products, exact=True)
+        _set_parameter(self.model, name, nn.Parameter(stored if wide else stored.float(), requires_grad=False))
 
     def layer_bytes(self, layer: int) -> int:
         """Stored bytes of one decoder layer."""
         return sum(self.checkpoint.tensors[name].nbytes for name in self.plan.layers[layer])
 
     def _attach(self, names: tuple[str, ...], *, populate: bool = True) -> None:
+        self.checkpoint.drop(self._touched.intersection(names))  # an edit never meets what the last one left
+        self._touched.difference_update(names)
         self.checkpoint.fetch(names, populate=populate)
+        tensors = {name: self.checkpoint.view(name) for name in names}
+        for name, tensor in tensors.items():
+            for edits in self.edits:
+                if name in edits:
+                    self._touched.add(name)
+                    edits[name](tensor)
         with _quiet_serial_loading():
             info, _ = convert_and_load_state_dict_in_model(
-                self.model,
-                {name: self.checkpoint.view(name) for name in names},
-                LoadStateDictConfig(weight_mapping=self._mapping),
+                self.model, tensors, LoadStateDictConfig(weight_mapping=self._mapping)
             )
         if info.mismatched_keys:
             name, found, expected = min(info.mismatched_keys)
@@ -294,6 +347,7 @@ def _plan(model: Any, architecture: Architecture, targets: Mapping[str, str], ch
     embedding_names = _names_of(model, model.get_input_embeddings().weight)
     layers: list[list[str]] = [[] for _ in range(architecture.layer_count)]
     outside: list[str] = []
+    head: list[str] = []
     embedding: str | None = None
     for name, target in targets.items():
         layer = _layer_of(target, architecture.layers)
@@ -303,6 +357,8 @@ def _plan(model: Any, architecture: Architecture, targets: Mapping[str, str], ch
             embedding = name
         elif target.startswith(f"{architecture.decoder}." if architecture.decoder else ""):
             outside.append(name)
+        else:
+            head.append(name)
     bare = [str(layer) for layer, names in enumerate(layers) if not names]
     if bare or embedding is None:
         what = f"decoder layers {', '.join(bare)}" if bare else f"the token embedding {min(embedding_names)}"
@@ -311,7 +367,7 @@ def _plan(model: Any, architecture: Architecture, targets: Mapping[str, str], ch
             f"{what}. Its first tensors are: {', '.join(list(checkpoint.tensors)[:4])}. Do config.json and the weights belong "
             "together?"
         )
-    return WeightPlan(tuple(tuple(names) for names in layers), tuple(outside), embedding)
+    return WeightPlan(tuple(tuple(names) for names in layers), tuple(outside), embedding, tuple(head))
 
 
 def _stored_layers(names: Iterable[str], plan: WeightPlan) -> int:
@@ -340,12 +396,13 @@ def _keep_sixteen_bits(
 ) -> None:
     """Leaves the matrices of plain linear layers and packed experts as stored; all else is widened when loaded."""
     stored = {target: checkpoint.tensors[name].dtype for name, target in targets.items()}
-    for path, module in model.get_submodule(architecture.decoder).named_modules(prefix=architecture.decoder):
+    for path, module in model.named_modules():
         if experts.is_routed(module) or experts.is_batched(module):
             experts.install_observed_experts(module, products)
             matrices = [name for name in ("gate_up_proj", "up_proj", "down_proj") if hasattr(module, name)]
         elif takes_wide_products(module) and not _weight_is_read_directly(model, path):
-            install_wide_products(module, products)
+            # Probabilities are read off the head, where a rounded product would show.
+            install_wide_products(module, products, exact=not _is_inside(path, architecture.decoder))
             matrices = ["weight"]
         else:
             continue
@@ -370,6 +427,10 @@ def _source(of: Any) -> str | None:
         return inspect.getsource(of)
     except OSError:
         return None
+
+
+def _is_inside(path: str, module: str) -> bool:
+    return f"{path}.".startswith(f"{module}.")
 
 
 def _set_parameter(model: Any, name: str, value: nn.Parameter) -> None:

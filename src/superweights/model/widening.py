@@ -53,13 +53,16 @@ class WideProducts:
         # A worker's thread count of 1 is also what torch would give to threads that start later.
         torch.set_num_threads(torch.get_num_threads())
 
-    def product(self, inputs: torch.Tensor, weight: torch.Tensor, *, transposed: bool = False) -> torch.Tensor:
+    def product(
+        self, inputs: torch.Tensor, weight: torch.Tensor, *, transposed: bool = False, exact: bool = False
+    ) -> torch.Tensor:
         """Gives `inputs @ weight.T`, or `inputs @ weight` for a transposed weight, as float32.
 
         Args:
             inputs: [..., cols], any floating dtype.
             weight: [rows, cols], or [cols, rows] when transposed.
             transposed: whether the weight is stored [cols, rows].
+            exact: never leave the product to the processor's bfloat16 units.
 
         Returns:
             [..., rows], float32.
@@ -68,7 +71,7 @@ class WideProducts:
         flat = inputs.reshape(-1, inputs.shape[-1]).float()  # [tokens, cols]
         if weight.dtype == torch.float32 or weight.device.type != "cpu" or weight.numel() < _SMALL:
             outputs = flat @ rows_first.float().t()
-        elif self.rounds(weight):
+        elif self.rounds(weight) and not exact:
             outputs = torch.nn.functional.linear(flat.bfloat16(), rows_first).float()
         else:
             outputs = self._tiled(flat, rows_first)
@@ -114,11 +117,11 @@ def takes_wide_products(module: nn.Module) -> bool:
     return type(module).forward is nn.Linear.forward or type(module).forward is Conv1D.forward
 
 
-def install_wide_products(module: nn.Module, products: WideProducts) -> None:
-    """Makes this linear layer multiply in float32 whatever dtype its weight has."""
-    module.forward = partial(_wide_linear, module, products)
+def install_wide_products(module: nn.Module, products: WideProducts, *, exact: bool = False) -> None:
+    """Makes this linear layer multiply in float32 whatever dtype its weight has; `exact` as in `WideProducts.product`."""
+    module.forward = partial(_wide_linear, module, products, exact)
 
 
-def _wide_linear(module: Any, products: WideProducts, inputs: torch.Tensor) -> torch.Tensor:
-    outputs = products.product(inputs, module.weight, transposed=isinstance(module, Conv1D))
+def _wide_linear(module: Any, products: WideProducts, exact: bool, inputs: torch.Tensor) -> torch.Tensor:
+    outputs = products.product(inputs, module.weight, transposed=isinstance(module, Conv1D), exact=exact)
     return outputs if module.bias is None else outputs + module.bias

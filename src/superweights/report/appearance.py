@@ -1,12 +1,19 @@
-"""What all charts share: sizes, colours, fonts, the layer axis, and how text is made fit to be shown."""
+"""What all charts share: sizes, colours, fonts, axes, dots with intervals, and how text is made fit to be shown."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import altair as alt
 
-from superweights.results.records import ActivationPeakRecord, CandidateRecord, PromptRecord, Record, ResidualPeakRecord
+from superweights.results.records import (
+    ActivationPeakRecord,
+    CandidateRecord,
+    MeasurementRecord,
+    PromptRecord,
+    Record,
+    ResidualPeakRecord,
+)
 
 WIDTH = 720
 """Width of a panel, in pixels."""
@@ -18,14 +25,25 @@ QUIET = "#9aa5b1"
 """The colour of what is there for scale."""
 MUTED = "#5b6875"
 """The colour of text that explains."""
+COLORS = (INK, "#2a7f74", "#7b559c", "#a8730f", "#3f7fbf")
+"""Colours of what is told apart by name; they repeat with another shape when there is more."""
 NUMBER = ",~g"
-"""How an axis writes numbers: 0.1, 10, 1,000."""
+"""How a legend writes numbers: 0.1, 10, 1,000."""
 
+_POWER = f"format(datum.value, datum.value < 1e6 ? '{NUMBER}' : '~e')"
+"""How a log axis writes numbers: 0.1, 10, 1,000, 1e+6."""
 _FONT = "Inter, 'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 _TEXT, _GRID = "#222b36", "#e6eaee"
 _TICKS = ((0.5, (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)), (2, (1, 2, 5)), (4, (1, 3)), (math.inf, (1,)))
 """The digits named on a log axis that spans fewer than so many powers of ten."""
+_NAME = 36  # characters of a name in a legend that is cut at its start
+_SHAPES = ("circle", "square", "diamond", "triangle-up", "cross")
+_SCORES = ("acc", "exact_match")
+"""What the names of task scores hold, of all proportions."""
+_Z = 1.96  # a standard error times this is half a 95 % interval
 
+Interval = tuple[float, float]
+Key = TypeVar("Key", str, float)
 Peak = TypeVar("Peak", ActivationPeakRecord, ResidualPeakRecord)
 
 
@@ -55,9 +73,10 @@ def dress(chart: alt.TopLevelMixin, *, title: str, subtitle: str) -> alt.TopLeve
 
 
 def describe_source(records: Iterable[Record], *, model: str, more: str = "") -> str:
-    """The subtitle: which model, how many prompts, and what else there is to say."""
+    """The subtitle: which model, how many prompts if any, and what else there is to say."""
     prompts = {each.index if isinstance(each, PromptRecord) else getattr(each, "prompt", None) for each in records}
-    return " · ".join(part for part in (model, counted(len(prompts - {None}), "prompt"), more) if part)
+    count = len(prompts - {None})
+    return " · ".join(part for part in (model, counted(count, "prompt") if count else "", more) if part)
 
 
 def layer_axis(layers: Sequence[int], *, field: str = "layer", labelled: bool = True) -> alt.X:
@@ -101,19 +120,19 @@ def point_size(layers: Sequence[int]) -> int:
     return 36 if max(layers) - min(layers) < 48 else 16
 
 
-def log_axis(domain: tuple[float, float], *, field: str, title: str) -> alt.Y:
-    """A y axis in powers, with as many lines as help the eye."""
-    return alt.Y(
+def log_axis(domain: Interval, *, field: str, title: str, channel: Callable[..., alt.Y] = alt.Y) -> alt.Y:
+    """An axis in powers, alt.Y or alt.X, with as many lines as help the eye."""
+    return channel(
         f"{field}:Q",
         title=title,
         scale=alt.Scale(type="log", domain=list(domain), nice=False),
-        axis=alt.Axis(format=NUMBER, values=log_ticks(domain)),
+        axis=alt.Axis(labelExpr=_POWER, values=log_ticks(domain), labelOverlap=True, labelSeparation=6),
     )
 
 
 def log_domain(values: Iterable[float]) -> tuple[float, float]:
-    """Bounds of a log axis around positive values, with a little room; any bounds where there are no values."""
-    known = list(values) or [1.0]
+    """Bounds of a log axis around the positive values, with a little room; any bounds where there are none."""
+    known = [each for each in values if each > 0] or [1.0]
     return min(known) / 1.3, max(known) * 1.3
 
 
@@ -179,3 +198,171 @@ def candidate_rules(candidates: Iterable[CandidateRecord], x: alt.X) -> alt.Char
     """One vertical line at each layer that has a candidate."""
     rows = [{"layer": layer} for layer in sorted({each.layer for each in candidates})]
     return alt.Chart(values_of(rows)).mark_rule(color=ACCENT, strokeDash=[3, 3], opacity=0.6).encode(x=x)
+
+
+def row_axis(names: Sequence[str], *, labelled: bool = True) -> alt.Y:
+    """The y axis of a chart with one row for each name, in this order; the field is "name"."""
+    looks = {"labelLimit": 300, "labelPadding": 10, "labelColor": _TEXT, "ticks": False, "domain": False}
+    # Many fonts lack the sign for a space, and then the whole label is drawn in another font.
+    axis = alt.Axis(labels=labelled, labelExpr="replace(datum.label, /␣/g, '·')", **looks)
+    scale = alt.Scale(type="band", domain=list(names), paddingInner=0.25, paddingOuter=0.125)
+    return alt.Y("name:N", title=None, scale=scale, axis=axis)
+
+
+def number_axis(domain: Interval, *, title: str, channel: Callable[..., alt.X] = alt.X) -> alt.X:
+    """A linear axis, alt.X or alt.Y; the field is "place"."""
+    scale = alt.Scale(domain=list(domain), nice=False, zero=False)
+    axis = alt.Axis(format=",.6~g", tickCount=5, labelFlush=False)
+    return channel("place:Q", title=title, scale=scale, axis=axis)
+
+
+def linear_domain(values: Iterable[float]) -> Interval:
+    """Bounds of a linear axis around the values, with a little room."""
+    known = list(values) or [0.0]
+    room = 0.08 * ((max(known) - min(known)) or abs(known[0]) or 1.0)
+    return min(known) - room, max(known) + room
+
+
+def told_apart(
+    field: str, names: Sequence[str], *, colors: Sequence[str] = COLORS, keep_end: bool = False
+) -> dict[str, Any]:
+    """Colour and shape of each name of a field, with a legend above the chart where there are several.
+
+    Args:
+        field: field of the rows.
+        names: its values, in order.
+        colors: one for each name, from the start again when there are more names.
+        keep_end: cut long names at their start in the legend, as paths that differ at their end want.
+    """
+    cut = f"length(datum.label) > {_NAME} ? '…' + slice(datum.label, {1 - _NAME}) : datum.label"
+    expression = {"labelExpr": cut} if keep_end else {}
+    looks = {"orient": "top", "columns": 3, "labelLimit": 280, "symbolOpacity": 1, **expression}
+    legend = alt.Legend(title=None, **looks) if len(names) > 1 else None
+    hues = [colors[place % len(colors)] for place in range(len(names))]
+    shapes = [_SHAPES[place // len(colors) % len(_SHAPES)] for place in range(len(names))]
+    return {
+        "color": alt.Color(f"{field}:N", scale=alt.Scale(domain=list(names), range=hues), legend=legend),
+        "shape": alt.Shape(f"{field}:N", scale=alt.Scale(domain=list(names), range=shapes), legend=legend),
+    }
+
+
+def dot_row(domain: Interval, value: float, interval: Interval | None) -> dict[str, Any]:
+    """The fields of `dots`: places on an axis, and numbers as text.
+
+    What lies beyond an end of the axis is put at it, and what is not a number nowhere.
+
+    Example:
+        >>> dot_row((1.0, 9.0), float("inf"), (4.0, float("inf")))
+        {'value': 'inf', 'interval': '4 to inf', 'place': 9.0, 'low': 4.0, 'high': 9.0, 'finite': False}
+    """
+    place, low, high = (
+        None if math.isnan(each) else min(max(each, domain[0]), domain[1])
+        for each in (value, *(interval or (math.nan, math.nan)))
+    )
+    return {
+        "value": show_number(value),
+        "interval": show_interval(interval),
+        "place": place,
+        "low": low,
+        "high": high,
+        "finite": math.isfinite(value),
+    }
+
+
+def dots(
+    rows: Sequence[dict[str, Any]], *, tooltip: Sequence[alt.Tooltip], size: int = 80, **encoding: Any
+) -> list[alt.Chart]:
+    """A point for each row over its interval as a bar; an infinite value is an arrow head at the end of the axis.
+
+    A list for `alt.layer`, without what has no row: altair copies a chart once for every level that it is nested in.
+    """
+    bars = [row for row in rows if None not in (row["low"], row["high"])]
+    points = [row for row in rows if row["finite"]]
+    heads = [row for row in rows if not row["finite"] and row["place"] is not None]
+    plain = {channel: each for channel, each in encoding.items() if channel != "shape"}
+    span = {"x": "low:Q", "x2": "high:Q"}
+    looks = {"filled": True, "opacity": 1, "size": size}
+    drawn = (
+        (bars, {"type": "rule", "strokeWidth": 5, "opacity": 0.3}, plain | span),
+        (points, {"type": "point", **looks}, {**encoding, "tooltip": list(tooltip)}),
+        (heads, {"type": "point", "shape": "triangle-right", **looks}, {**plain, "tooltip": list(tooltip)}),
+    )
+    return [alt.Chart(values_of(own), mark=mark).encode(**channels) for own, mark, channels in drawn if own]
+
+
+def dumbbells(
+    rows: Sequence[dict[str, Any]], *, series: str, tooltip: Sequence[alt.Tooltip], x: alt.X, y: alt.Y, **marks: Any
+) -> list[alt.Chart]:
+    """`dots` of several series on one line for each name, joined; the first series is drawn larger, below the others."""
+    spans: dict[str, list[float]] = {}
+    for row in rows:
+        spans.setdefault(row["name"], []).extend([] if row["place"] is None else [row["place"]])
+    joined = [{"name": name, "from": min(places), "to": max(places)} for name, places in spans.items() if places]
+    first = next((row[series] for row in rows), None)
+    encoding = {"x": x, "y": y, "tooltip": tooltip, **marks}
+    return [
+        alt.Chart(values_of(joined)).mark_rule(color=QUIET, strokeWidth=2).encode(x="from:Q", x2="to:Q", y=y),
+        *dots([row for row in rows if row[series] == first], size=150, **encoding),
+        *dots([row for row in rows if row[series] != first], size=55, **encoding),
+    ]
+
+
+def value_column(rows: Sequence[dict[str, Any]], *, width: int, **encoding: Any) -> alt.Chart:
+    """The field "text" of each row to the right of a panel of this width."""
+    return (
+        alt.Chart(values_of(list(rows)))
+        .mark_text(align="left", baseline="middle", fontSize=12)
+        .encode(x=alt.value(width + 10), text="text:N", **encoding)
+    )
+
+
+def ends_of(value: float, interval: Interval | None) -> list[float]:
+    """What an axis must hold of a value and its interval: all that is finite."""
+    return [each for each in (value, *(interval or ())) if math.isfinite(each)]
+
+
+def show_number(value: float) -> str:
+    """A number in four digits for a label.
+
+    Example:
+        >>> show_number(1211.11), show_number(0.99312), show_number(8.5e7)
+        ('1,211', '0.9931', '8.5e+07')
+    """
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
+
+
+def show_interval(interval: Interval | None) -> str:
+    """Both ends of an interval in words."""
+    return "no interval" if interval is None else f"{show_number(interval[0])} to {show_number(interval[1])}"
+
+
+def percent(interval: Interval | None) -> Interval | None:
+    """An interval of proportions in percent."""
+    return interval and (100 * interval[0], 100 * interval[1])
+
+
+def measured(records: Iterable[Record], *names: str) -> list[MeasurementRecord]:
+    """The measurements with one of these names."""
+    return [each for each in records if isinstance(each, MeasurementRecord) and each.name in names]
+
+
+def task_scores(records: Iterable[Record]) -> list[MeasurementRecord]:
+    """The scores of tasks; the subject is the task."""
+    known = (each for each in records if isinstance(each, MeasurementRecord) and each.unit == "proportion")
+    return [each for each in known if any(part in each.name for part in _SCORES)]
+
+
+def mean_scores(groups: Mapping[Key, Sequence[MeasurementRecord]]) -> dict[Key, MeasurementRecord]:
+    """The mean score of each group over the tasks that all groups have, or means would not compare; count is of tasks."""
+    tasks = [{(each.name, each.subject): each for each in group} for group in groups.values()]
+    shared = sorted(set.intersection(*map(set, tasks))) if tasks else []
+    return {key: _mean([own[task] for task in shared]) for key, own in zip(groups, tasks, strict=True) if shared}
+
+
+def _mean(scores: Sequence[MeasurementRecord]) -> MeasurementRecord:
+    value = sum(each.value for each in scores) / len(scores)
+    known = [each.standard_error for each in scores if each.standard_error is not None]
+    error = math.hypot(*known) / len(scores) if len(known) == len(scores) else None
+    interval = None if error is None else (max(0.0, value - _Z * error), min(1.0, value + _Z * error))
+    changes = {"value": value, "standard_error": error, "interval": interval, "count": len(scores)}
+    return scores[0].model_copy(update=changes)

@@ -21,7 +21,7 @@ from pydantic import (
 
 from superweights.coordinates import Coordinate
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """The version this package writes; it reads this one and every older one."""
 
 _NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
@@ -257,11 +257,15 @@ class NoteRecord(_Line):
 
 
 class MeasurementRecord(_Line):
-    """One number measured on a model."""
+    """One number measured on a model under one condition."""
 
     type: Literal["measurement"] = "measurement"
     name: str
     """What was measured."""
+    subject: str = ""
+    """What the number is about, where a name has several: a token, a task, a layer; empty where it is the whole model."""
+    condition: str = "original"
+    """The state of the model in words, as tables and plots name it; "original" is the unedited model."""
     unit: str
     """Unit of `value`, `standard_error` and `interval`."""
     value: Number
@@ -280,6 +284,38 @@ class MeasurementRecord(_Line):
     """What was done to the model, as data; empty for the unedited model."""
 
 
+class VerdictRecord(_Line):
+    """What removing one weight, or one set of weights, does to a model, and how sure that is."""
+
+    type: Literal["verdict"] = "verdict"
+    kind: Literal["single", "all", "minimal set"]
+    """One weight alone, all candidates together, or the smallest critical set that the greedy search left."""
+    weights: Texts
+    """Coordinates of the weights removed together."""
+    label: Literal["critical alone", "critical jointly", "contributing", "inert", "undecided"]
+    """The verdict."""
+    ratio: Number
+    """Perplexity with the weights removed over perplexity of the original."""
+    interval: tuple[Number, Number]
+    """Low and high end of the 95 % interval of `ratio`, paired over windows."""
+    without: Number | None
+    """Ratio with all candidates removed but these, against the original; None where there is one candidate or no such run."""
+    null_maximum: Number | None
+    """Largest ratio of the null: as many random weights of the largest |W| of the same matrices."""
+    null_count: Index
+    """Draws of the null."""
+    count: Index
+    """Windows behind the ratio."""
+    tokens: Index
+    """Predicted tokens behind the ratio."""
+    dataset: str
+    """Data set."""
+    dataset_digest: str
+    """Digest of the data."""
+    reason: str
+    """The verdict in a sentence."""
+
+
 Record = (
     PromptRecord
     | ActivationPeakRecord
@@ -288,6 +324,7 @@ Record = (
     | CandidateRecord
     | NoteRecord
     | MeasurementRecord
+    | VerdictRecord
 )
 """Any line of a result file but the first."""
 

@@ -73,8 +73,8 @@ def read_records(path: str | Path) -> tuple[Run, list[Record]]:
 
 
 def encode_lines(run: Run, records: Iterable[Record]) -> Iterator[str]:
-    """The lines of a result file, each with its newline."""
-    yield run.model_dump_json() + "\n"
+    """The lines of a result file, each with its newline; of this schema version, whatever version they were read from."""
+    yield run.model_copy(update={"schema_version": SCHEMA_VERSION}).model_dump_json() + "\n"
     for record in records:
         yield record.model_dump_json() + "\n"
 

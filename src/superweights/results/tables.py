@@ -30,7 +30,8 @@ SCREEN_COLUMNS: dict[str, tuple[str, ...]] = {
         "set",
     ),
     "note": ("level", "text"),
-    "measurement": ("name", "value", "unit", "standard_error", "interval", "count", "dataset"),
+    "measurement": ("condition", "name", "subject", "value", "unit", "standard_error", "interval", "count", "dataset"),
+    "verdict": ("weights", "label", "ratio", "interval", "without", "null_maximum", "count"),
 }
 """The fields of each record type that a narrow table shows, in reading order."""
 

@@ -1,4 +1,4 @@
-"""Which stored tensor is the down projection of a layer, read from names, shapes and config, without torch.
+"""The stored tensors of a decoder layer and its down projection among them: from names, shapes and config, without torch.
 
 The model itself is the better authority, but asking it needs transformers. A checkpoint's header is enough where its names
 are known and its shapes leave one reading. On any doubt these functions refuse, and the caller may name the tensor.
@@ -31,7 +31,7 @@ _NUMBERED = re.compile(r"(?:(?P<list>.*?)\.)??(?P<number>\d+)\.(?P<path>.+)")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _OTHER_TOWER = re.compile(r"vision|visual|audio|image|speech", re.IGNORECASE)
 _EXPERT = re.compile(r"experts\.(\d+)\.")
-_WAY_OUT = "Name the tensor yourself with --tensor NAME, and add --transposed if it is stored [cols, rows]."
+_WAY_OUT = "Only `show` can be told the tensor: --tensor NAME, with --transposed if it is stored [cols, rows]."
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +82,14 @@ def find_stored_projection(shapes: Shapes, config: Mapping[str, Any], *, coordin
         CoordinateError: no such layer or expert; the message gives the valid range.
         UnsupportedArchitectureError: names and shapes leave no reading, or more than one.
     """
-    text = next((config[key] for key in _TEXT_CONFIGS if isinstance(config.get(key), Mapping)), config)
+    text = _text_config(config)
     hidden_size = _first_number(text, _HIDDEN_SIZES)
-    names = _layer_tensors(shapes, layer=coordinate.layer, layer_count=_first_number(text, _LAYER_COUNTS))
+    layers = _layers(shapes, _first_number(text, _LAYER_COUNTS))
+    if coordinate.layer not in layers:
+        raise CoordinateError(
+            f"There is no decoder layer {coordinate.layer} in this checkpoint; the layers are 0 to {max(layers)}."
+        )
+    names = layers[coordinate.layer]
     model_type = str(text.get("model_type", config.get("model_type")))
     read = [
         _read(names[path], path, shapes[names[path]], hidden_size=hidden_size, model_type=model_type) for path in names
@@ -123,8 +128,28 @@ def named_stored_projection(
     return _for_expert([found], coordinate)[0]
 
 
-def _layer_tensors(shapes: Shapes, *, layer: int, layer_count: int | None) -> dict[str, str]:
-    """The tensors of one decoder layer: name by the part of the name after the layer's number."""
+def layer_tensors(shapes: Shapes, config: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+    """The names of the tensors of each decoder layer; layers beyond the config's count are left out.
+
+    Args:
+        shapes: shape of every tensor in the checkpoint, by name.
+        config: the model's config.json.
+
+    Raises:
+        UnsupportedArchitectureError: the names leave no reading, or more than one.
+
+    Example:
+        >>> shapes = {"embed.weight": (128, 8), "layers.0.up.weight": (24, 8), "layers.1.up.weight": (24, 8)}
+        >>> layer_tensors(shapes, {"num_hidden_layers": 2})
+        (('layers.0.up.weight',), ('layers.1.up.weight',))
+    """
+    count = _first_number(_text_config(config), _LAYER_COUNTS)
+    layers = _layers(shapes, count)
+    return tuple(tuple(layers[layer].values()) for layer in sorted(layers) if count is None or layer < count)
+
+
+def _layers(shapes: Shapes, layer_count: int | None) -> dict[int, dict[str, str]]:
+    """The tensors of the decoder by layer: name by the part of the name after the layer's number."""
     lists: defaultdict[str, defaultdict[int, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     for name in shapes:
         match = _NUMBERED.fullmatch(name)
@@ -134,12 +159,7 @@ def _layer_tensors(shapes: Shapes, *, layer: int, layer_count: int | None) -> di
         raise UnsupportedArchitectureError(
             f"No tensor has a layer number in its name. Names seen: {_shortened(', '.join(shapes))}. {_WAY_OUT}"
         )
-    layers = lists[_decoder_list({name: len(layers) for name, layers in lists.items()}, layer_count)]
-    if layer not in layers:
-        raise CoordinateError(
-            f"There is no decoder layer {layer} in this checkpoint; the layers are 0 to {max(layers)}."
-        )
-    return layers[layer]
+    return lists[_decoder_list({name: len(layers) for name, layers in lists.items()}, layer_count)]
 
 
 def _decoder_list(lengths: Mapping[str, int], layer_count: int | None) -> str:
@@ -203,6 +223,10 @@ def _for_expert(found: Sequence[StoredProjection], coordinate: Coordinate) -> li
     if found and coordinate.expert not in experts:
         raise CoordinateError(f"{coordinate} names expert {coordinate.expert}; the experts are 0 to {max(experts)}.")
     return [each for each in found if coordinate.expert == each.expert or each.experts is not None]
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return next((config[key] for key in _TEXT_CONFIGS if isinstance(config.get(key), Mapping)), config)
 
 
 def _first_number(config: Mapping[str, Any], keys: Sequence[str]) -> int | None:

@@ -2,9 +2,10 @@ from typing import Any
 
 import pytest
 
-from superweights.cli.stored_projection import (
+from superweights.checkpoint.stored_projection import (
     StoredProjection,
     find_stored_projection,
+    layer_tensors,
     named_stored_projection,
 )
 from superweights.coordinates import Coordinate
@@ -223,3 +224,15 @@ def test_a_named_tensor(shape: tuple[int, ...], transposed: bool, coordinate: st
 def test_a_named_vector_is_no_down_projection() -> None:
     with pytest.raises(UnsupportedArchitectureError, match=r"shape \[8\]"):
         named_stored_projection("norm.weight", (8,), transposed=False, coordinate=Coordinate.parse("0:0:0"))
+
+
+def test_the_tensors_of_each_layer() -> None:
+    layer: Layer = {"mlp.down_proj.weight": PLAIN, "norm.weight": (H,)}
+    shapes, config = model("model.layers", layer)
+    shapes |= {f"vision_tower.layers.{number}.fc2.weight": PLAIN for number in range(9)}
+    expected = tuple(tuple(f"model.layers.{number}.{name}" for name in layer) for number in range(LAYERS))
+    assert layer_tensors(shapes, config) == expected
+    assert layer_tensors(shapes, config | {"num_hidden_layers": 2}) == expected[:2]
+    assert layer_tensors(shapes, {"text_config": config}) == expected
+    with pytest.raises(UnsupportedArchitectureError, match="No tensor has a layer number"):
+        layer_tensors({"odd.weight": PLAIN}, config)
