@@ -16,6 +16,20 @@ from superweights.coordinates import Coordinate
 if TYPE_CHECKING:
     from superweights.detection.candidates import Candidate, DetectionSettings
     from superweights.detection.search import Findings, find
+    from superweights.experiments.ablation import ablate
+    from superweights.experiments.comparison import compare
+    from superweights.experiments.evaluation import Evaluation, evaluate
+    from superweights.experiments.repair import repair
+    from superweights.experiments.scaling import scale
+    from superweights.experiments.sinks import sinks
+    from superweights.experiments.stop_words import stop_words
+    from superweights.experiments.verify import Verification, VerifySettings, verify
+    from superweights.interventions.conditions import Condition
+    from superweights.interventions.edit_text import parse_edit
+    from superweights.interventions.rewriting import rewrite_checkpoint
+    from superweights.interventions.rows import applied
+    from superweights.measurements.model_windows import open_windows
+    from superweights.measurements.windows import Windows
     from superweights.model.loading import LoadedModel, load
     from superweights.model.prompts import Prompt, make_prompts
     from superweights.model.tracing import Trace, trace
@@ -24,30 +38,64 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Candidate": "detection.candidates",
+    "Condition": "interventions.conditions",
     "DetectionSettings": "detection.candidates",
+    "Evaluation": "experiments.evaluation",
     "Findings": "detection.search",
     "LoadedModel": "model.loading",
     "Prompt": "model.prompts",
     "Trace": "model.tracing",
+    "Verification": "experiments.verify",
+    "VerifySettings": "experiments.verify",
+    "Windows": "measurements.windows",
+    "ablate": "experiments.ablation",
+    "applied": "interventions.rows",
+    "compare": "experiments.comparison",
+    "evaluate": "experiments.evaluation",
     "find": "detection.search",
     "load": "model.loading",
     "make_prompts": "model.prompts",
+    "open_windows": "measurements.model_windows",
+    "parse_edit": "interventions.edit_text",
+    "repair": "experiments.repair",
+    "rewrite_checkpoint": "interventions.rewriting",
+    "scale": "experiments.scaling",
+    "sinks": "experiments.sinks",
+    "stop_words": "experiments.stop_words",
     "trace": "model.tracing",
+    "verify": "experiments.verify",
 }
 """Public names that need torch, imported when first asked for."""
 
 __all__ = [
     "Candidate",
+    "Condition",
     "Coordinate",
     "DetectionSettings",
+    "Evaluation",
     "Findings",
     "LoadedModel",
     "Prompt",
     "Trace",
+    "Verification",
+    "VerifySettings",
+    "Windows",
+    "ablate",
+    "applied",
+    "compare",
+    "evaluate",
     "find",
     "load",
     "make_prompts",
+    "open_windows",
+    "parse_edit",
+    "repair",
+    "rewrite_checkpoint",
+    "scale",
+    "sinks",
+    "stop_words",
     "trace",
+    "verify",
 ]
 
 

@@ -45,13 +45,13 @@ def test_without_kept_activations_there_is_no_patch(ask: Ask, planted_checkpoint
     ("words", "says"),
     [
         (("--weights", "31:3968:7003"), "the layers are 0 to 5"),
-        (("--windows", "5"), "takes 6 windows or more"),
+        (("--windows", "5", "--length", "24"), "takes 6 windows or more"),
         (("--damage", "1"), "a finite factor other than 1"),
         (("--reach", "0"), "reach above 0"),
         (("--length", "1"), "must be 2 or more"),
     ],
 )
 def test_a_wrong_request_is_usage(words: tuple[str, ...], says: str, ask: Ask, planted_checkpoint: Path) -> None:
-    answer = ask("repair", planted_checkpoint, "--length", "24", *words)
+    answer = ask("repair", planted_checkpoint, *words)
     assert (answer.status, answer.out) == (2, "")
     assert says in answer.err

@@ -42,7 +42,7 @@ def test_the_formats_hold_the_measurements(ask: Ask, planted_checkpoint: Path) -
     words = ("scale", planted_checkpoint, *QUICK, "--factors", "0", "--format")
     lines = [json.loads(line) for line in ask(*words, "jsonl").out.splitlines()]
     assert lines == json.loads(ask(*words, "json").out)
-    assert len([MeasurementRecord.model_validate(each) for each in lines]) == 7
+    assert len([MeasurementRecord.model_validate_json(json.dumps(each)) for each in lines]) == 7
 
 
 def test_nothing_found_scales_nothing_and_says_so(ask: Ask, random_checkpoint: Path, tmp_path: Path) -> None:

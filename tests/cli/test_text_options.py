@@ -1,8 +1,9 @@
 import pytest
 
 import superweights as sw
-from superweights.cli.text_options import TextOptions, longest_sequence, open_windows
+from superweights.cli.text_options import TextOptions, open_windows
 from superweights.errors import UnknownNameError, UsageError
+from superweights.measurements.model_windows import longest_sequence
 from superweights.testing import save_tiny_checkpoint
 
 

@@ -6,6 +6,7 @@ from required_families import EXPECTED
 from transformers import AutoModelForCausalLM
 
 import superweights as sw
+from superweights.errors import ModelError
 
 IDS = torch.tensor([[5, 9, 3, 17, 2, 8], [1, 2, 3, 4, 5, 6]])
 ODD_HEADS = ["bert", "roberta", "modernbert-decoder", "rwkv", "xlnet"]
@@ -40,3 +41,13 @@ def test_a_pass_up_to_a_layer_still_stops_there(save_family):
     with sw.load(save_family("llama")) as model:
         model.states(IDS)
         assert model.run(IDS, last_layer=1) is None
+
+
+def test_out_of_memory_says_what_to_lower(save_family, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")
+
+    with sw.load(save_family("llama")) as model:
+        monkeypatch.setattr(model.decoder, "forward", full)
+        with pytest.raises(ModelError, match=r"2 rows of 6 tokens: out of memory. Use shorter windows \(--length\)"):
+            model.states(IDS)

@@ -5,16 +5,9 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from superweights.measurements.sequence_limit import longest_sequence
-from superweights.measurements.texts import DEFAULT_TEXT, read_text
-from superweights.measurements.windows import (
-    DEFAULT_LENGTH,
-    Windows,
-    check_length,
-    default_bos,
-    make_windows,
-    window_length,
-)
+from superweights.measurements.model_windows import open_windows as cut
+from superweights.measurements.texts import DEFAULT_TEXT
+from superweights.measurements.windows import DEFAULT_LENGTH, Windows
 from superweights.model.loading import LoadedModel
 
 
@@ -37,28 +30,11 @@ DEFAULT_TEXT_OPTIONS = TextOptions()
 
 
 def open_windows(model: LoadedModel, options: TextOptions, *, at_most: int = DEFAULT_LENGTH) -> Windows:
-    """Reads the text and cuts it into windows, which start with the beginning-of-sequence token if the tokenizer says so.
+    """Reads the text and cuts it into windows.
 
     Args:
         model: says how many tokens it takes, and tokenises.
         options: text, number and length.
         at_most: longest window where the options name no length.
-
-    Raises:
-        UnknownNameError: there is no such text.
-        UsageError: the text or the model cannot be measured so.
-        HubError: the text cannot be fetched.
     """
-    limit = longest_sequence(model)
-    length = window_length(limit, options.length)
-    if options.length is None:
-        length = min(length, at_most)
-    check_length(length, limit, model.name)
-    return make_windows(
-        read_text(options.text),
-        model.tokenizer,
-        length=length,
-        limit=options.windows,
-        bos=default_bos(model.tokenizer),
-        vocabulary=model.model.get_input_embeddings().weight.shape[0],
-    )
+    return cut(model, options.text, windows=options.windows, length=options.length, at_most=at_most)

@@ -28,8 +28,11 @@ class Evaluation:
     """Conditions, the first of them the original, and their scores on the same windows."""
 
     conditions: tuple[Condition, ...]
+    """What was compared; the first is the original."""
     scores: Scores
+    """Loss, divergence and agreement of each condition and window."""
     windows: Windows
+    """The text; scores may be of its first windows only."""
 
     @property
     def count(self) -> int:

@@ -13,6 +13,7 @@ from superweights.experiments.evaluation import TOKENS_PER_PASS, measurement
 from superweights.interventions.conditions import Condition, with_and_without
 from superweights.interventions.rows import condition_states
 from superweights.measurements.intervals import mean_interval
+from superweights.measurements.model_windows import longest_sequence
 from superweights.measurements.next_token import (
     NextToken,
     average_next_token,
@@ -21,7 +22,6 @@ from superweights.measurements.next_token import (
     prompt_batches,
     token_texts,
 )
-from superweights.measurements.sequence_limit import longest_sequence
 from superweights.measurements.stop_words import STOP_WORDS_VERSION, stop_word_ids
 from superweights.measurements.texts import Text
 from superweights.measurements.windows import default_bos, make_windows

@@ -144,6 +144,8 @@ class LoadedModel:
         self._last_layer = final if last_layer is None else last_layer
         if not 0 <= self._last_layer <= final:
             raise UsageError(f"Running {self.name} up to layer {last_layer}: its layers are 0 to {final}.")
+        input_ids = input_ids.to(self.model.get_input_embeddings().weight.device)
+        attention_mask = None if attention_mask is None else attention_mask.to(input_ids.device)
         self.pass_tokens = input_ids.shape[1]
         self.pass_mask = attention_mask
         self._progress = progress
@@ -157,6 +159,12 @@ class LoadedModel:
         except SuperweightsError:
             raise
         except Exception as error:
+            if _is_out_of_memory(error):
+                rows, tokens = input_ids.shape
+                raise ModelError(
+                    f"Running {self.name} on {rows} rows of {tokens} tokens: out of memory. Use shorter windows (--length) or "
+                    "prompts, or hold one layer at a time (--residency streamed)."
+                ) from error
             outside = [name for name, each in self.outside_layers() if each.is_meta]
             absent = f" The checkpoint has no tensor for {', '.join(outside[:5])}." if outside else ""
             raise ModelError(
@@ -447,6 +455,11 @@ def scale_weight(
         )
     tensor[index] = scaled
     return original
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or (isinstance(error, RuntimeError) and "not enough memory" in str(error))
 
 
 class _LastLayerDone(Exception):
