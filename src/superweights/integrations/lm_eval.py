@@ -27,6 +27,7 @@ from superweights.experiments.evaluation import TOKENS_PER_PASS, measurement
 from superweights.interventions.conditions import ORIGINAL, Condition, ScaleWeights
 from superweights.interventions.rows import applied
 from superweights.measurements.intervals import Interval, mean_interval, perplexity
+from superweights.measurements.model_windows import longest_sequence
 from superweights.measurements.windows import DEFAULT_LENGTH
 from superweights.model.loading import LoadedModel, load
 from superweights.progress import NO_PROGRESS, Progress, RichProgress
@@ -44,7 +45,6 @@ TASKS = ("arc_challenge", "arc_easy", "hellaswag", "lambada_openai", "piqa", "sc
 """The zero-shot tasks of the paper's table 1."""
 
 _DEFINITIONS = Path(__file__).with_name("tasks")
-_LIMITS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length", "max_target_positions")
 _LOGITS_AT_ONCE = 1 << 25
 """Elements of one piece of logits: 128 MB."""
 _GREEDY = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
@@ -114,7 +114,7 @@ class LoadedModelLM(TemplateLM):  # type: ignore[misc]
         self.condition = condition
         self.title = title
         self.progress = progress
-        self.max_length = _longest_sequence(model) or DEFAULT_LENGTH
+        self.max_length = longest_sequence(model) or DEFAULT_LENGTH
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Self:
@@ -533,12 +533,6 @@ def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         count = max(1, budget // lengths[order[0]])
         yield order[:count]
         order = order[count:]
-
-
-def _longest_sequence(model: LoadedModel) -> int | None:
-    config = model.model.config.get_text_config(decoder=True)
-    limits = (getattr(config, name, None) for name in _LIMITS)
-    return next((each for each in limits if isinstance(each, int) and each > 0), None)
 
 
 def _ends(model: LoadedModel) -> set[int]:
