@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, required=True)
     parser.add_argument("--shape", choices=("toy", "1b", "7b"), default="1b")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[9, 64], help="window lengths of the streamed model")
     args = parser.parse_args()
     results: dict[str, list[dict[str, float]]] = {}
     with memory_model() as model:
@@ -101,7 +102,7 @@ def main() -> None:
     make_checkpoint(directory, args.shape)
     try:
         with sw.load(directory, residency="streamed") as model:
-            results[f"streamed {args.shape}"] = [measure(model, tokens, args.rounds) for tokens in (9, 64)]
+            results[f"streamed {args.shape}"] = [measure(model, tokens, args.rounds) for tokens in args.tokens]
     finally:
         shutil.rmtree(directory)
     for name, rows in results.items():
