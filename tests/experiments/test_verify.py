@@ -57,7 +57,7 @@ def windows_of(count: int) -> Windows:
     return Windows(torch.zeros(count, 4, dtype=torch.long), "none", "sha256:0", 4, False)
 
 
-def fake_losses(monkeypatch, needed: list[set[Coordinate]], *, noise: float = 0.05) -> None:
+def fake_losses(monkeypatch, needed: list[set[Coordinate]], *, noise: float = 0.005) -> None:
     """A model whose loss is 3 nats higher as soon as all weights of one of the sets are gone."""
 
     def evaluate(model, windows, conditions: list[Condition], **_):
@@ -125,6 +125,40 @@ def test_a_destroyed_model_is_a_result():
     assert module._label("single", ratio, 1.0, VerifySettings())[0] == "critical alone"
 
 
+@pytest.mark.parametrize(
+    ("ends", "null", "label", "reason"),
+    [
+        ((1.0, 1.008), 1.001, "inert", "no loss"),
+        ((1.002, 1.004), 1.001, "contributing", "largest is 1.001"),
+        ((0.95, 1.5), 1.001, "undecided", "more windows"),
+        ((0.98, 1.5), 0.97, "undecided", "more windows"),
+        ((1.5, 2.5), 1.001, "undecided", "bar of 2"),
+        ((3.0, 4.0), 3.5, "undecided", "other large weights cost about as much"),
+        ((3.0, 4.0), 1.001, "critical alone", "largest is 1.001"),
+    ],
+)
+def test_labels_follow_from_the_whole_interval(ends, null, label, reason):
+    found = module._label("single", module.Interval(sum(ends) / 2, 0.1, *ends, 9), null, VerifySettings())
+    assert found[0] == label
+    assert reason in found[1]
+
+
+def test_a_model_that_is_broken_already_is_no_evidence(monkeypatch, planted_checkpoint):
+    def evaluate(model, windows, conditions, **_):
+        nll = torch.full((len(conditions), len(windows.ids)), math.nan)
+        yield Scores(nll, nll, nll)
+
+    monkeypatch.setattr(module, "evaluate_in_parts", evaluate)
+    with sw.load(planted_checkpoint) as model, pytest.raises(UsageError, match="not finite as it is"):
+        verify(model, KEYS[:1], windows_of(9))
+
+
+def test_a_null_that_destroys_the_model_is_the_largest(monkeypatch):
+    ratios = iter([math.nan, 2.0])
+    evaluation = type("Scored", (), {"ratio": lambda *_: module.Interval(next(ratios), 0, 0, 0, 9)})()
+    assert module._null_maximum(evaluation, [Condition("null 1"), Condition("null 2")]) == math.inf
+
+
 def test_bad_input_is_refused(own_text):
     with sw.load(own_text.directory) as model:
         with pytest.raises(UsageError, match="no weight"):
@@ -133,3 +167,5 @@ def test_bad_input_is_refused(own_text):
             verify(model, [Coordinate(9, None, 1, 1)], own_text.windows)
         with pytest.raises(UsageError, match="null 0"):
             VerifySettings(null=0)
+        with pytest.raises(UsageError, match="minutes 0"):
+            VerifySettings(minutes=0)

@@ -66,8 +66,9 @@ def verify(
 
     Random weights among the largest of the same matrices are removed as well, one by one and in sets: the null. Verdicts:
     *critical alone* or *critical jointly*, where removal multiplies the perplexity by --critical or more with the whole 95 %
-    interval and beyond the null; *contributing*, where it costs more than the null; *inert*, where it does not; *undecided*,
-    where the text is too short to tell. Measuring stops as soon as the intervals decide. Exit status 1: no weight is critical.
+    interval and beyond the null; *contributing*, where it costs more than the null; *inert*, where it costs at most 1 % more
+    than the null, with the whole interval; *undecided*, where the text is too short to tell. Windows have 512 tokens unless
+    --length says otherwise. Measuring stops as soon as the intervals decide. Exit status 1: no weight is critical.
 
     Args:
         model: A directory, a Hub name or a URL.

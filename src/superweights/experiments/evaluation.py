@@ -4,6 +4,7 @@ Conditions that edit activations or single weights share passes as rows of one b
 themselves. Windows are the outer loop, so a caller may stop as soon as the numbers decide.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -60,8 +61,10 @@ class Evaluation:
             if number:
                 kl, agreement = (each[number].tolist() for each in (self.scores.kl_nats, self.scores.agreement))
                 yield self._record(condition, "perplexity_ratio", "1", self.ratio(condition))
-                yield self._record(condition, "kl_to_original", "nats per token", mean_interval(kl))
-                yield self._record(condition, "top1_agreement", "proportion", mean_interval(agreement))
+                yield self._record(
+                    condition, "kl_to_original", "nats per token", mean_interval(kl, bounds=(0, math.inf))
+                )
+                yield self._record(condition, "top1_agreement", "proportion", mean_interval(agreement, bounds=(0, 1)))
 
     def _record(self, condition: Condition, name: str, unit: str, value: Interval) -> MeasurementRecord:
         return measurement(
@@ -117,11 +120,12 @@ def evaluate(
         CoordinateError: a weight is not in this model.
     """
     in_rows = [each for each in conditions if not _prunes(each)]
-    references: list[torch.Tensor] = []
+    # Only those that prune need them later: of a long text they take gigabytes.
+    references: list[torch.Tensor] | None = [] if len(in_rows) < len(conditions) else None
     parts = evaluate_in_parts(model, windows, in_rows, references=references, progress=progress)
     found = dict(zip(in_rows, _by_condition(Scores.joined(list(parts), dim=1)), strict=True))
     for condition in conditions:
-        if condition not in found:  # edits weights: all windows while the edit lasts
+        if condition not in found and references is not None:  # edits weights: all windows while the edit lasts
             found[condition] = _score_pruned(model, windows, condition, references, progress)
     return Evaluation(tuple(conditions), Scores.joined([found[each] for each in conditions], dim=0), windows)
 
@@ -153,7 +157,7 @@ def evaluate_in_parts(
         for ids in torch.split(windows.ids, max(1, rows // len(conditions))):
             reference, scores = _score_rows(model, ids, conditions, max(1, rows // len(ids)), compare)
             if references is not None:
-                references.append(reference)
+                references.append(reference.clone())  # not a view, which would hold the states of all conditions
             yield scores
             progress.advance(len(ids))
     finally:

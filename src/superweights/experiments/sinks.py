@@ -74,7 +74,7 @@ def _records(found: torch.Tensor, attends: torch.Tensor, condition: Condition, w
     for subject, values in numbers.items():
         yield measurement(
             "attention_to_first",
-            mean_interval(values),
+            mean_interval(values, bounds=(0, 1)),
             unit="proportion",
             subject=subject,
             condition=condition,

@@ -24,14 +24,14 @@ from superweights.measurements.windows import Windows
 from superweights.model.architecture import DownProjection
 from superweights.model.loading import LoadedModel
 from superweights.progress import NO_PROGRESS, Progress
-from superweights.results.records import MeasurementRecord, NoteRecord, Record, VerdictRecord
+from superweights.results.records import NoteRecord, Record, VerdictRecord
 
 Kind = Literal["single", "all", "minimal set"]
 Label = Literal["critical alone", "critical jointly", "contributing", "inert", "undecided"]
 ALL = "all candidates"
 _FEWEST_WINDOWS = 8
-_NARROW = 0.01
-"""An interval this narrow, relative to its ratio, is not narrowed further."""
+_NEGLIGIBLE = 0.01
+"""A weight is inert when the whole interval costs at most this share more than the null."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class VerifySettings:
     """Seed of the null's draws."""
 
     def __post_init__(self) -> None:
-        if self.null < 1 or self.null_top < 1 or not self.critical > 1 or (self.minutes or 1) <= 0:
+        timely = self.minutes is None or self.minutes > 0
+        if self.null < 1 or self.null_top < 1 or not self.critical > 1 or not timely:
             raise UsageError(
                 f"Verifying with null {self.null}, null_top {self.null_top}, critical {self.critical:g} and minutes "
                 f"{self.minutes}: the first two must be 1 or more, critical above 1, minutes above 0."
@@ -78,7 +79,7 @@ class Verification:
         """Everything as records."""
         yield from self.verdicts
         for record in self.evaluation.records():
-            if isinstance(record, MeasurementRecord) and not math.isnan(record.value):
+            if record.name in ("perplexity", "perplexity_ratio"):  # the others are not measured
                 yield record
         yield from (NoteRecord(level="info", text=text) for text in self.notes)
 
@@ -101,7 +102,7 @@ def verify(
         progress: hears about windows.
 
     Raises:
-        UsageError: no weight, or one that is zero already.
+        UsageError: no weight, one that is zero already, or a model whose loss is not finite as it is.
         CoordinateError: a weight is not in this model.
 
     Source:
@@ -206,18 +207,31 @@ def _evaluate(
     started: float,
     progress: Progress,
 ) -> tuple[Evaluation, list[str]]:
-    """Scores windows until every interval decides, the budget is spent or the text ends."""
+    """Scores windows until every interval decides, the budget is spent or the text ends.
+
+    Intervals are looked at after 8 windows, 16, 32 and so on: who looks after every window stops at a lucky one.
+    """
     parts: list[Scores] = []
     notes: list[str] = []
     evaluation: Evaluation | None = None
+    look = _FEWEST_WINDOWS
     for part in evaluate_in_parts(model, windows, plan.conditions, compare=False, progress=progress):
+        if not part.nll_nats[0].isfinite().all():
+            raise UsageError(
+                f"The loss of {model.name} on {windows.text_name} is not finite as it is, so removal has nothing to be "
+                "compared with. Check its weights, or give another text."
+            )
         parts.append(part)
         evaluation = Evaluation(plan.conditions, Scores.joined(parts, dim=1), windows)
         spent = (time.monotonic() - started) / 60
         if evaluation.count < len(windows.ids):
-            if evaluation.count >= _FEWEST_WINDOWS and _is_decided(plan, evaluation, settings):
-                notes.append(f"Stopped after {evaluation.count} of {len(windows.ids)} windows: every interval decides.")
-                break
+            if evaluation.count >= look:
+                look = 2 * evaluation.count
+                if _is_decided(plan, evaluation, settings):
+                    notes.append(
+                        f"Stopped after {evaluation.count} of {len(windows.ids)} windows: every interval decides."
+                    )
+                    break
             if settings.minutes is not None and spent > settings.minutes:
                 spent_on = f"{evaluation.count} of {len(windows.ids)} windows"
                 notes.append(f"Stopped after {spent_on}: the {settings.minutes:g} minutes are spent.")
@@ -225,27 +239,19 @@ def _evaluate(
     assert evaluation is not None
     if evaluation.count < _FEWEST_WINDOWS:
         notes.append(
-            f"{evaluation.count} windows are few: the intervals are too narrow. Give a longer text or more time."
+            f"Windows measured: {evaluation.count}. Below 8, intervals are too narrow: give more text or time."
         )
     return evaluation, notes
 
 
 def _is_decided(plan: _Plan, evaluation: Evaluation, settings: VerifySettings) -> bool:
-    single, together = (_null_maximum(evaluation, each) for each in (plan.null_singles, plan.null_sets))
-    singles_decided = all(_decides(evaluation.ratio(each), single, settings) for each in plan.singles)
-    bar = together if plan.null_sets else single
-    return singles_decided and _decides(evaluation.ratio(plan.together), bar, settings)
-
-
-def _decides(ratio: Interval, null_maximum: float, settings: VerifySettings) -> bool:
-    if ratio.low >= settings.critical:
-        return True
-    narrow = ratio.high - ratio.low < _NARROW * ratio.value
-    return ratio.high < settings.critical and (narrow or ratio.low > null_maximum)
+    return all(each.label != "undecided" for each in _judge(plan, evaluation, settings))
 
 
 def _null_maximum(evaluation: Evaluation, conditions: Sequence[Condition]) -> float:
-    return max((evaluation.ratio(each).value for each in conditions), default=math.nan)
+    """The largest ratio of a null; a draw that makes the loss nan counts as infinite."""
+    ratios = [evaluation.ratio(each).value for each in conditions]
+    return max(math.inf if math.isnan(each) else each for each in ratios)
 
 
 def _judge(plan: _Plan, evaluation: Evaluation, settings: VerifySettings) -> Iterator[VerdictRecord]:
@@ -266,7 +272,7 @@ def _verdict(
     kind: Kind,
     weights: Sequence[Coordinate],
     ratio: Interval,
-    null: float | None,
+    null: float,
     draws: int,
     settings: VerifySettings,
     without: float | None,
@@ -289,21 +295,26 @@ def _verdict(
     )
 
 
-def _label(kind: Kind, ratio: Interval, null: float | None, settings: VerifySettings) -> tuple[Label, str]:
+def _label(kind: Kind, ratio: Interval, null: float, settings: VerifySettings) -> tuple[Label, str]:
     critical: Label = "critical alone" if kind == "single" else "critical jointly"
     known = f"removal multiplies the perplexity by {ratio.value:.4g} ({ratio.low:.4g} to {ratio.high:.4g})"
-    beside = "" if null is None else f"; the null's largest is {null:.4g}"
+    beside = f"; the null's largest is {null:.4g}"
+    bar = max(1.0, null)
     if not math.isfinite(ratio.value):  # destroyed beyond numbers
         return critical, f"removal makes the loss {'infinite' if ratio.value > 0 else 'not a number'}{beside}"
     if math.isnan(ratio.low):
         return "undecided", f"{known}; one window gives no interval"
-    if ratio.low >= settings.critical and (null is None or ratio.low > null):
-        return critical, known + beside
+    if ratio.low >= settings.critical:
+        if ratio.low > null:
+            return critical, known + beside
+        return "undecided", f"{known}, but other large weights cost about as much{beside}"
     if ratio.high >= settings.critical:
         return "undecided", f"{known}, and the bar of {settings.critical:g} is inside; measure on more windows{beside}"
-    if ratio.low > max(1.0, null or 1.0):
+    if ratio.low > bar:
         return "contributing", known + beside
-    return "inert", f"{known}, which other large weights reach or which is no loss{beside}"
+    if ratio.high <= bar * (1 + _NEGLIGIBLE):
+        return "inert", f"{known}, which other large weights reach or which is no loss{beside}"
+    return "undecided", f"{known}, and what other large weights cost is inside; measure on more windows{beside}"
 
 
 def _minimal_set(
@@ -333,7 +344,7 @@ def _minimal_set(
         parts = list(evaluate_in_parts(model, used, conditions, compare=False))
         scored = Evaluation(conditions, Scores.joined(parts, dim=1), used)
         ratios = [scored.ratio(each) for each in conditions[1:]]
-        best = max(range(len(smaller)), key=lambda number: ratios[number].low)
+        best = max(range(len(smaller)), key=lambda number: _worst_first(ratios[number]))
         if not _is_critical(ratios[best], settings):
             break
         kept, ratio = smaller[best], ratios[best]
@@ -345,10 +356,14 @@ def _is_critical(ratio: Interval, settings: VerifySettings) -> bool:
     return ratio.low >= settings.critical or not math.isfinite(ratio.value)
 
 
+def _worst_first(ratio: Interval) -> float:
+    return ratio.low if math.isfinite(ratio.value) else math.inf
+
+
 def _with_joint(verdicts: Sequence[VerdictRecord], minimal: VerdictRecord) -> Iterator[VerdictRecord]:
     """The verdicts, where a weight of the minimal set that is not critical alone is critical jointly."""
     for each in verdicts:
-        if each.kind == "single" and each.weights[0] in minimal.weights:
+        if each.kind == "single" and each.weights[0] in minimal.weights and minimal.label == "critical jointly":
             reason = f"alone, {each.reason}; the set {', '.join(minimal.weights)} is critical"
             yield each.model_copy(update={"label": "critical jointly", "reason": reason})
         else:

@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
@@ -26,7 +26,8 @@ from superweights.errors import HubError, SuperweightsError, UnknownNameError, U
 from superweights.experiments.evaluation import TOKENS_PER_PASS, measurement
 from superweights.interventions.conditions import ORIGINAL, Condition, ScaleWeights
 from superweights.interventions.rows import applied
-from superweights.measurements.intervals import Interval, mean_interval, perplexity
+from superweights.measurements.generation import end_tokens
+from superweights.measurements.intervals import Interval, mean_interval, perplexity, proportion_interval
 from superweights.measurements.model_windows import longest_sequence
 from superweights.measurements.windows import DEFAULT_LENGTH
 from superweights.model.loading import LoadedModel, load
@@ -325,7 +326,7 @@ class LoadedModelLM(TemplateLM):  # type: ignore[misc]
         return _Continuation(ids[-room:], [], chosen["max_gen_toks"], until, cut=len(ids) > room)
 
     def _generate(self, running: Sequence["_Continuation"]) -> None:
-        ends = _ends(self.model)
+        ends = end_tokens(self.model)
         while running:
             rows = [each.ids + each.tokens for each in running]
             states = self._states(rows)
@@ -520,10 +521,8 @@ def _score_items(lm: LoadedModelLM, task: _Task) -> list[dict[str, float]]:
 def _summary(metric: str, values: Sequence[float]) -> Interval:
     if metric == "perplexity":
         return perplexity([-each for each in values])
-    mean = mean_interval(values)
-    margin = 1.96 * mean.standard_error
-    low, high = max(0.0, mean.value - margin), min(1.0, mean.value + margin)
-    return Interval(mean.value, mean.standard_error, low, high, mean.count)
+    known = proportion_interval(round(sum(values)), len(values))
+    return replace(known, standard_error=mean_interval(values).standard_error)  # the harness's, with n - 1
 
 
 def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -533,13 +532,6 @@ def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         count = max(1, budget // lengths[order[0]])
         yield order[:count]
         order = order[count:]
-
-
-def _ends(model: LoadedModel) -> set[int]:
-    """Tokens that end a text."""
-    configured = model.model.config.get_text_config(decoder=True).eos_token_id
-    several = configured if isinstance(configured, list) else [configured]
-    return {each for each in (*several, model.tokenizer.eos_token_id) if each is not None}
 
 
 def _scaling(arguments: Mapping[str, Any]) -> ScaleWeights | None:

@@ -38,11 +38,12 @@ class Interval:
     """Independent items behind the number."""
 
 
-def mean_interval(values: ArrayLike) -> Interval:
+def mean_interval(values: ArrayLike, *, bounds: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
     """The mean, with Student's t interval.
 
     Args:
         values: the items, in any unit [items].
+        bounds: least and greatest mean there can be; the interval is cut there.
 
     Raises:
         UsageError: there is no item.
@@ -53,7 +54,8 @@ def mean_interval(values: ArrayLike) -> Interval:
         mean = items.mean()
         error = items.std(ddof=1) / math.sqrt(count) if count > 1 else np.float64(math.nan)
         margin = t_quantile(max(count - 1, 1)) * error
-        return Interval(float(mean), float(error), float(mean - margin), float(mean + margin), count)
+        low, high = np.clip([mean - margin, mean + margin], *bounds).tolist()
+        return Interval(float(mean), float(error), low, high, count)
 
 
 def perplexity(nll_nats: ArrayLike) -> Interval:

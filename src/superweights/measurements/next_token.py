@@ -36,11 +36,11 @@ class NextToken:
         """Mean probability of one token."""
         value, error = self.mean[condition, token].item(), self.standard_error[condition, token].item()
         margin = t_quantile(max(self.count - 1, 1)) * error
-        return Interval(value, error, value - margin, value + margin, self.count)
+        return Interval(value, error, max(0.0, value - margin), min(1.0, value + margin), self.count)
 
     def mass(self, condition: int) -> Interval:
         """Mean probability of all stop words together."""
-        return mean_interval(self.stop_word_mass[condition])
+        return mean_interval(self.stop_word_mass[condition], bounds=(0, 1))
 
     def mass_change(self, condition: int) -> Interval:
         """The same minus that of the original, paired over prompts."""
