@@ -212,3 +212,10 @@ def test_wilsons_interval_solves_its_equation(count, data):
 def test_a_proportion_of_nothing_is_refused(hits, count):
     with pytest.raises(UsageError, match=f"A proportion of {hits} in {count} is none"):
         proportion_interval(hits, count)
+
+
+def test_an_interval_ends_where_the_mean_can_be_no_more():
+    found = mean_interval([0.9, 1.0, 1.0], bounds=(0, 1))
+    assert (found.value, found.high) == (pytest.approx(0.9667, abs=1e-4), 1.0)
+    assert found.low == mean_interval([0.9, 1.0, 1.0]).low
+    assert math.isnan(mean_interval([0.9], bounds=(0, 1)).high)

@@ -171,7 +171,12 @@ def _show(records: Sequence[Record], weights: Sequence[Coordinate], model: str, 
         f"{model} without {', '.join(map(str, weights))}; {first.count} windows of {first.dataset}. "
         "In brackets: 95 % intervals."
     )
-    write_table([_row(name, [each for each in measured if each.condition == name]) for name in conditions], title=title)
+    on_text, on_tasks = ([each for each in measured if bool(each.subject) == tasks] for tasks in (False, True))
+    write_table([_row(name, [each for each in on_text if each.condition == name]) for name in conditions], title=title)
+    if on_tasks:
+        rows = [_task_row(name, [each for each in on_tasks if each.condition == name]) for name in conditions]
+        write_text("\n")
+        write_table(rows, title="Zero-shot tasks: acc, with its standard error.")
     write_text("".join(f"\n{each.text}\n" for each in records if isinstance(each, NoteRecord)))
 
 
@@ -182,8 +187,15 @@ def _row(condition: str, measured: Sequence[MeasurementRecord]) -> dict[str, obj
         "kl_to_original": "KL, nats",
         "top1_agreement": "same top token",
     }
-    cells = {headings.get(each.name, f"{each.subject} {each.name}".strip()): _cell(each) for each in measured}
-    return {"condition": condition, **cells}
+    return {"condition": condition, **{headings.get(each.name, each.name): _cell(each) for each in measured}}
+
+
+def _task_row(condition: str, measured: Sequence[MeasurementRecord]) -> dict[str, object]:
+    from superweights.integrations.lm_eval import headline
+
+    scores = [each for each in measured if each.name == headline(each.subject)]
+    cells = {each.subject: f"{each.value:.4f} ± {each.standard_error or 0:.4f}" for each in scores}
+    return {"condition": condition, **cells, "mean": round(sum(each.value for each in scores) / len(scores), 4)}
 
 
 def _cell(record: MeasurementRecord) -> str:

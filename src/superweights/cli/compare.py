@@ -131,7 +131,10 @@ def _show(records: Sequence[Record], output: OutputSettings) -> None:
             row.update({"model": each.condition} if each.name not in _CHANGES else {}, **_cells(each))
     models = [row for row in rows.values() if "model" in row]
     changes = [row for row in rows.values() if "model" not in row]
-    write_table(sorted(models, key=lambda row: str(row["coordinate"])), title="Super weights side by side.")
+    order = list(dict.fromkeys(each.subject for each in found))
+    write_table(
+        sorted(models, key=lambda row: order.index(str(row["coordinate"]))), title="Super weights side by side."
+    )
     if changes:
         write_text("\n")
         between = next(each.condition for each in found if each.name in _CHANGES)

@@ -126,7 +126,8 @@ def _split(windows: Windows, count: int) -> tuple[Windows, Windows]:
     if len(windows.ids) < count + _FEWEST_WINDOWS:
         raise UsageError(
             f"Repairing takes {count + _FEWEST_WINDOWS} windows or more, {count} to fit on and {_FEWEST_WINDOWS} to measure "
-            f"it on; {windows.text_name} gives {len(windows.ids)}. Use a longer text, shorter windows or fewer to fit on."
+            f"it on; {windows.text_name} gives {len(windows.ids)}. Ask for more windows, use a longer text or shorter "
+            "windows, or fit on fewer."
         )
     return replace(windows, ids=windows.ids[:count]), replace(windows, ids=windows.ids[count:])
 

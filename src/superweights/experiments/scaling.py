@@ -86,7 +86,8 @@ def scale(
     if len(windows.ids) < 2:
         raise UsageError(
             f"Scaling weights of {model.name} takes 2 windows or more, half of them to choose the best factor on and half to "
-            f"measure it; {windows.text_name} gives {len(windows.ids)}. Use a longer text or shorter windows."
+            f"measure it; {windows.text_name} gives {len(windows.ids)}. Ask for more windows, or use a longer text or "
+            "shorter windows."
         )
     conditions = {each: _condition(weights, each) for each in sorted({1.0, *settings.factors})}
     others = [each for each in conditions.values() if each != ORIGINAL]

@@ -36,7 +36,8 @@ class NextToken:
         """Mean probability of one token."""
         value, error = self.mean[condition, token].item(), self.standard_error[condition, token].item()
         margin = t_quantile(max(self.count - 1, 1)) * error
-        return Interval(value, error, max(0.0, value - margin), min(1.0, value + margin), self.count)
+        # In this order nan stays nan.
+        return Interval(value, error, max(value - margin, 0.0), min(value + margin, 1.0), self.count)
 
     def mass(self, condition: int) -> Interval:
         """Mean probability of all stop words together."""

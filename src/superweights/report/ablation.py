@@ -53,7 +53,8 @@ def ablation_chart(records: Iterable[Record], *, title: str, model: str = "") ->
         UsageError: there is neither a perplexity nor a score to draw.
     """
     known = list(records)
-    perplexities, scores = measured(known, "perplexity"), task_scores(known)
+    perplexities = [each for each in measured(known, "perplexity") if not each.subject]  # a task's is of another scale
+    scores = task_scores(known)
     if not (perplexities or scores):
         raise UsageError("Cannot draw an ablation: the records hold no perplexity. `superweights ablate` records it.")
     names = list(dict.fromkeys(each.condition for each in (*perplexities, *scores)))

@@ -347,9 +347,11 @@ def measured(records: Iterable[Record], *names: str) -> list[MeasurementRecord]:
 
 
 def task_scores(records: Iterable[Record]) -> list[MeasurementRecord]:
-    """The scores of tasks; the subject is the task."""
+    """One score of each task, plain accuracy where there is one, as the paper averages it; the subject is the task."""
     known = (each for each in records if isinstance(each, MeasurementRecord) and each.unit == "proportion")
-    return [each for each in known if any(part in each.name for part in _SCORES)]
+    scores = [each for each in known if any(part in each.name for part in _SCORES)]
+    plain = {(each.condition, each.subject) for each in scores if each.name == "acc"}
+    return [each for each in scores if each.name == "acc" or (each.condition, each.subject) not in plain]
 
 
 def mean_scores(groups: Mapping[Key, Sequence[MeasurementRecord]]) -> dict[Key, MeasurementRecord]:
