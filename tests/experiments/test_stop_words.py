@@ -147,7 +147,7 @@ def test_what_cannot_be_measured(own_text):
     with sw.load(own_text.directory) as model:
         with pytest.raises(UnknownNameError, match="language of stop words 'it'"):
             list(stop_words(model, [], STREAM, settings=StopWordSettings(language="it")))
-        with pytest.raises(UsageError, match="fills only"):
+        with pytest.raises(UsageError, match="takes at most 2048"):
             list(stop_words(model, [], STREAM, settings=StopWordSettings(prompt_tokens=4000)))
     with sw.load(tiny_model("llama")) as model, pytest.raises(UsageError, match="the model has none"):
         list(stop_words(model, [], STREAM))

@@ -135,3 +135,10 @@ def test_what_cannot_be_done_is_said(planted_checkpoint):
             with pytest.raises(UsageError, match=message):
                 condition_states(model, IDS, [ORIGINAL, condition])
         assert torch.equal(model.states(IDS), model.states(IDS))
+
+
+def test_a_restored_row_that_nothing_edits_is_refused(planted_checkpoint):
+    other = Coordinate(2, None, 3, 7)
+    steps = (ScaleWeights((Coordinate(2, None, 49, 7),)), RestoreSuperActivation((other,)))
+    with sw.load(planted_checkpoint) as model, pytest.raises(UsageError, match=r"row 3 of .* changes nothing"):
+        condition_states(model, torch.tensor([[1, 2, 3]]), [Condition("x", steps)])

@@ -22,7 +22,7 @@ class TextOptions:
     windows: int = 32
     """Measure on at most so many windows, the first ones of the text."""
     length: int | None = None
-    """Tokens per window. By default 2048, or as many as the model takes where that is less."""
+    """Tokens per window. By default 2048 (verify 512, sinks 256), or as many as the model takes where that is less."""
 
 
 DEFAULT_TEXT_OPTIONS = TextOptions()

@@ -91,9 +91,10 @@ def verify(
             progress=progress,
         )
         if not weights:
-            write_text(
-                f"No super weight candidate in {model}: there is nothing to verify. Name weights with --weights.\n"
-            )
+            nothing = f"No super weight candidate in {model}: there is nothing to verify. Name weights with --weights."
+            if settings.out is not None:
+                write_records(settings.out, add_warnings(run, loaded), [NoteRecord(level="info", text=nothing)])
+            write_text(f"{nothing}\n" if settings.out != STANDARD_STREAM else "")
             return _NO
         found = run_verify(loaded, weights, windows, settings=verification, progress=progress)
         run = add_warnings(run, loaded)

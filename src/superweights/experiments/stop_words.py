@@ -24,7 +24,7 @@ from superweights.measurements.next_token import (
 )
 from superweights.measurements.stop_words import STOP_WORDS_VERSION, stop_word_ids
 from superweights.measurements.texts import Text
-from superweights.measurements.windows import default_bos, make_windows
+from superweights.measurements.windows import check_length, default_bos, make_windows
 from superweights.model.loading import LoadedModel
 from superweights.progress import NO_PROGRESS, Progress
 from superweights.results.records import NoteRecord, Record
@@ -111,6 +111,7 @@ def make_token_prompts(model: LoadedModel, text: Text, settings: StopWordSetting
     """The prompts of a text as token ids: its documents without their last word, or consecutive pieces of the whole."""
     documents = [each for each in text.documents if len(each.split()) > 1]
     if len(documents) < _MANY_DOCUMENTS:
+        check_length(settings.prompt_tokens, longest_sequence(model), model.name)
         windows = make_windows(
             text,
             model.tokenizer,

@@ -200,11 +200,12 @@ def _output_edits(
             for weight in each.weights:
                 restored[model.architecture.locate(weight), weight.expert][weight.row] = None
     edited = dict.fromkeys([*scaled, *added])
-    bare = [projection.name for projection, expert in restored if (projection, expert) not in edited]
+    rows = {(home, weight.row) for group in (scaled, added) for home, here in group.items() for weight in here}
+    bare = [(home[0].name, row) for home, here in restored.items() for row in here if (home, row) not in rows]
     if bare:
         raise UsageError(
-            f"Restoring the super activation of {bare[0]} changes nothing: no weight of it is edited. Edit its weights as "
-            "well, as in scale=0+restore-sa."
+            f"Restoring the super activation of row {bare[0][1]} of {bare[0][0]} changes nothing: no weight of it is "
+            "edited. Edit its weights as well, as in scale=0+restore-sa."
         )
     for projection, expert in edited:
         home = projection, expert
