@@ -11,9 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from superweights import find, load
+from superweights.detection.candidates import DetectionSettings
 from superweights.detection.recording import record_findings
-from superweights.experiments.evaluation import measurement
+from superweights.experiments.evaluation import evaluate
 from superweights.experiments.verify import VerifySettings, verify
+from superweights.interventions.conditions import ORIGINAL, removal
 from superweights.measurements.intervals import perplexity
 from superweights.measurements.texts import read_text
 from superweights.measurements.windows import make_windows
@@ -25,7 +27,7 @@ from superweights.results.store import write_records
 WINDOWS = 96
 
 
-def describe(directory: Path, corpus: Path, data: str) -> None:
+def describe(directory: Path, corpus: Path, data: str, massive_ratio: float = 50.0) -> None:
     """Measures `directory/model`; writes records and card."""
     recipe = json.loads((directory / "recipe.json").read_text())
     log = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
@@ -50,22 +52,26 @@ def describe(directory: Path, corpus: Path, data: str) -> None:
             bos=True,
             vocabulary=recipe["vocabulary"],
         )
-        findings = find(model)
+        findings = find(model, settings=DetectionSettings(massive_ratio=massive_ratio))
         records: list[Record] = list(record_findings(findings))
         weights = [each.coordinate for each in findings.candidates]
-        lines = [findings.reason]
+        lines = [
+            f"With a bar of {massive_ratio:g} medians (`find --massive-ratio {massive_ratio:g}`; the default is 50):"
+        ]
+        removals = [removal([each], name=f"without {each}") for each in weights]
+        removals += [removal(weights, name="without all of them")] if len(weights) > 1 else []
+        measured = evaluate(model, windows, [ORIGINAL, *removals], progress=RichProgress())
+        records += measured.records()
+        for each in removals:
+            ratio = measured.ratio(each)
+            lines.append(f"- {each.name}: perplexity x{ratio.value:.4f} ({ratio.low:.4f} to {ratio.high:.4f})")
         if weights:
             found = verify(model, weights, windows, settings=settings, progress=RichProgress())
-            records += found.records()
-            losses = found.evaluation.nll(found.evaluation.conditions[0])
+            records += found.verdicts
             lines += [f"- {', '.join(each.weights)}: **{each.label}**: {each.reason}." for each in found.verdicts]
-            lines += list(found.notes)
-        else:
-            from superweights.experiments.evaluation import evaluate
-            from superweights.interventions.conditions import ORIGINAL
-
-            losses = evaluate(model, windows, [ORIGINAL]).nll(ORIGINAL)
-            records.append(measurement("perplexity", perplexity(losses), unit="1", dataset=windows.text_name))
+            lines += found.notes
+        lines.append(findings.reason)
+        losses = measured.nll(ORIGINAL)
     interval = perplexity(losses)
     records.append(NoteRecord(level="info", text=f"trained {log[-1]['tokens']} tokens in {log[-1]['seconds']:.0f} s"))
     write_records(directory / "records.jsonl", run, records)
@@ -83,7 +89,7 @@ def describe(directory: Path, corpus: Path, data: str) -> None:
         count=interval.count,
         data=data,
         recipe="\n".join(f"{name} = {value}" for name, value in recipe.items()),
-        found="\n".join(lines),
+        found="\n\n".join(lines),
         **{each: recipe[each] for each in ("hidden", "layers", "intermediate", "heads", "vocabulary", "sequence")},
     )
     (directory / "model" / "README.md").write_text(card)
@@ -126,8 +132,9 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--data", default="118 MB of public-domain books (Project Gutenberg), split by book")
+    parser.add_argument("--massive-ratio", type=float, default=50.0, help="the bar of find, in medians")
     args = parser.parse_args()
-    describe(args.directory, args.corpus, args.data)
+    describe(args.directory, args.corpus, args.data, args.massive_ratio)
 
 
 if __name__ == "__main__":
