@@ -62,7 +62,7 @@ def headline(task: str) -> str:
 
     Source:
         arXiv 2411.07191, table 1: its 41.81 on ARC-challenge and 56.93 on HellaSwag are the "acc" of Llama-7B, whose "acc_norm"
-        are 44.7 and 76.2 (lm-evaluation-harness issue 1294).
+        are 44.7 and 76.2 (lm-evaluation-harness #1294).
     """
     if task not in TASKS:
         raise UnknownNameError.among("task", task, TASKS)
