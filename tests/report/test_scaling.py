@@ -82,7 +82,7 @@ def test_accuracy_has_a_panel_and_its_best_is_the_highest(ratios):
 def test_the_subtitle_has_the_gain_on_other_windows(ratios):
     gain = measurement("best_factor_gain", 0.9987, "scale 1.5", interval=(0.991, 1.006))
     subtitle = scaling_chart([*ratios, gain], title="", model="tiny").to_dict()["title"]["subtitle"]
-    assert subtitle == "tiny · best factor, on windows that did not choose it: 0.9987 (0.991 to 1.006)"
+    assert subtitle == "tiny · best factor, on windows that did not choose it: 0.9987 (0.991 to 1.006), no real gain"
 
 
 def test_it_is_drawn(ratios, tmp_path):

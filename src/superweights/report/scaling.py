@@ -88,11 +88,11 @@ def scaling_chart(records: Iterable[Record], *, title: str, model: str = "") -> 
 
 
 def _held_out(records: Iterable[Record]) -> str:
-    gains = (
-        f"{show_number(each.value)} ({show_interval(each.interval)})" for each in measured(records, "best_factor_gain")
-    )
-    listed = ", ".join(gains)
-    return f"best factor, on windows that did not choose it: {listed}" if listed else ""
+    gains = list(measured(records, "best_factor_gain"))
+    listed = ", ".join(f"{show_number(each.value)} ({show_interval(each.interval)})" for each in gains)
+    real = any(each.interval is not None and each.interval[1] < 1 for each in gains)
+    verdict = "a real gain" if real else "no real gain"
+    return f"best factor, on windows that did not choose it: {listed}, {verdict}" if listed else ""
 
 
 def _factor(each: MeasurementRecord) -> float | None:
