@@ -16,14 +16,12 @@ from superweights.cli.model_options import (
     add_warnings,
     check_targets,
     describe_model_run,
-    last_layer,
     open_model,
 )
 from superweights.cli.output import DEFAULT_OUTPUT, OutputSettings, write_rows, write_table, write_text
 from superweights.cli.text_options import DEFAULT_TEXT_OPTIONS, TextOptions, open_windows
-from superweights.cli.weights_option import chosen_weights
+from superweights.cli.weights_option import weights_of
 from superweights.coordinates import Coordinate
-from superweights.detection.search import default_prompts
 from superweights.errors import UsageError
 from superweights.experiments.ablation import ablate as run_ablation
 from superweights.experiments.ablation import ablation_conditions
@@ -91,13 +89,7 @@ def ablate(
         )
         windows = open_windows(loaded, text)
         progress = RichProgress()
-        weights = chosen_weights(
-            settings.weights,
-            loaded,
-            prompts=default_prompts(loaded, options.prompt),
-            last_layer=last_layer(loaded, options.layers),
-            progress=progress,
-        )
+        weights = weights_of(settings.weights, loaded, options, progress)
         if not weights:
             write_text(f"No super weight candidate in {model}: nothing was removed. Name weights with --weights.\n")
             return 0

@@ -21,9 +21,8 @@ from superweights.cli.model_options import (
 from superweights.cli.output import DEFAULT_OUTPUT, OutputSettings, write_rows, write_table, write_text
 from superweights.cli.scale import span
 from superweights.cli.text_options import DEFAULT_TEXT_OPTIONS, TextOptions, open_windows
-from superweights.cli.weights_option import chosen_weights
+from superweights.cli.weights_option import weights_of
 from superweights.coordinates import Coordinate
-from superweights.detection.search import default_prompts
 from superweights.experiments.comparison import compare as set_side_by_side
 from superweights.model.loading import LoadedModel
 from superweights.progress import RichProgress
@@ -81,8 +80,7 @@ def compare(
         last = last_layer(one, options.layers)
         weights: tuple[Coordinate, ...] | None = None
         if settings.weights != "auto":
-            searched = default_prompts(one, options.prompt)
-            weights = chosen_weights(settings.weights, one, prompts=searched, last_layer=last, progress=progress)
+            weights = weights_of(settings.weights, one, options, progress)
         records = list(
             set_side_by_side(
                 one, other, *windows, weights=weights, texts=options.prompt, last_layer=last, progress=progress

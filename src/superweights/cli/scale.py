@@ -15,13 +15,11 @@ from superweights.cli.model_options import (
     add_warnings,
     check_targets,
     describe_model_run,
-    last_layer,
     open_model,
 )
 from superweights.cli.output import DEFAULT_OUTPUT, OutputSettings, write_rows, write_table, write_text
 from superweights.cli.text_options import DEFAULT_TEXT_OPTIONS, TextOptions, open_windows
-from superweights.cli.weights_option import chosen_weights
-from superweights.detection.search import default_prompts
+from superweights.cli.weights_option import weights_of
 from superweights.errors import UsageError
 from superweights.experiments.scaling import ScalingSettings
 from superweights.experiments.scaling import scale as measure
@@ -76,8 +74,7 @@ def scale(
         windows = open_windows(loaded, text)
         described = {"weights": settings.weights, **asdict(scaling), **asdict(text)}
         run = describe_model_run(loaded, options, command=sys.argv, settings=described)
-        searched, last = default_prompts(loaded, options.prompt), last_layer(loaded, options.layers)
-        weights = chosen_weights(settings.weights, loaded, prompts=searched, last_layer=last, progress=progress)
+        weights = weights_of(settings.weights, loaded, options, progress)
         records: list[Record] = [
             NoteRecord(level="warning", text="No super weight candidate was found, so nothing was scaled.")
         ]

@@ -15,12 +15,10 @@ from superweights.cli.model_options import (
     add_warnings,
     check_targets,
     describe_model_run,
-    last_layer,
     open_model,
 )
 from superweights.cli.output import DEFAULT_OUTPUT, OutputSettings, write_rows, write_table, write_text
-from superweights.cli.weights_option import chosen_weights
-from superweights.detection.search import default_prompts
+from superweights.cli.weights_option import weights_of
 from superweights.experiments.stop_words import StopWordSettings, stop_words
 from superweights.measurements.texts import DEFAULT_TEXT, read_text
 from superweights.progress import RichProgress
@@ -73,8 +71,7 @@ def stopwords(
     with open_model(model, options) as loaded:
         described = {"weights": settings.weights, "text": settings.text, **asdict(measured)}
         run = describe_model_run(loaded, options, command=sys.argv, settings=described)
-        searched, last = default_prompts(loaded, options.prompt), last_layer(loaded, options.layers)
-        weights = chosen_weights(settings.weights, loaded, prompts=searched, last_layer=last, progress=progress)
+        weights = weights_of(settings.weights, loaded, options, progress)
         records = list(stop_words(loaded, weights, text, settings=measured, progress=progress))
         if not weights:
             note = "No super weight candidate was found, so nothing was removed."

@@ -21,7 +21,7 @@ from superweights.cli.model_options import (
     open_model,
 )
 from superweights.cli.output import DEFAULT_OUTPUT, OutputSettings, write_rows, write_table, write_text
-from superweights.cli.weights_option import chosen_weights
+from superweights.cli.weights_option import weights_of
 from superweights.coordinates import Coordinate
 from superweights.detection.recording import record_peaks, record_persistence, record_prompts, record_residual_peaks
 from superweights.detection.search import default_prompts
@@ -118,8 +118,7 @@ def _records(loaded: LoadedModel, settings: TraceSettings, options: ModelOptions
     last, progress = last_layer(loaded, options.layers), RichProgress()
     weights: tuple[Coordinate, ...] = ()
     if settings.edit:
-        searched = default_prompts(loaded, options.prompt)
-        weights = chosen_weights(settings.weights, loaded, prompts=searched, last_layer=last, progress=progress)
+        weights = weights_of(settings.weights, loaded, options, progress)
     prompts = default_prompts(loaded, (*options.prompt, *VARIED_TEXTS))
     original = run_trace(loaded, prompts, last_layer=last, progress=progress)
     yield from record_prompts(prompts)

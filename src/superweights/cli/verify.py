@@ -15,13 +15,11 @@ from superweights.cli.model_options import (
     add_warnings,
     check_targets,
     describe_model_run,
-    last_layer,
     open_model,
 )
 from superweights.cli.output import DEFAULT_OUTPUT, OutputSettings, write_rows, write_table, write_text
 from superweights.cli.text_options import DEFAULT_TEXT_OPTIONS, TextOptions, open_windows
-from superweights.cli.weights_option import chosen_weights
-from superweights.detection.search import default_prompts
+from superweights.cli.weights_option import weights_of
 from superweights.experiments.verify import Verification, VerifySettings
 from superweights.experiments.verify import verify as run_verify
 from superweights.model.loading import LoadedModel
@@ -83,13 +81,7 @@ def verify(
         ).model_copy(update={"seed": verification.seed})
         windows = open_windows(loaded, text, at_most=VERIFY_LENGTH)
         progress = RichProgress()
-        weights = chosen_weights(
-            settings.weights,
-            loaded,
-            prompts=default_prompts(loaded, options.prompt),
-            last_layer=last_layer(loaded, options.layers),
-            progress=progress,
-        )
+        weights = weights_of(settings.weights, loaded, options, progress)
         if not weights:
             nothing = f"No super weight candidate in {model}: there is nothing to verify. Name weights with --weights."
             if settings.out is not None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from superweights.cli.model_options import ModelOptions, last_layer
 from superweights.coordinates import Coordinate
 from superweights.detection.published import published_name, usable_weights
 from superweights.errors import CoordinateError, UsageError
@@ -63,3 +64,16 @@ def _published(model: "LoadedModel") -> tuple[Coordinate, ...]:
     if not weights:
         raise UsageError(f"Nothing usable is published about {name}; `superweights index {name}` shows what there is.")
     return tuple(each.coordinate for each in weights if each.coordinate is not None)
+
+
+def weights_of(text: str, model: "LoadedModel", options: ModelOptions, progress: "Progress") -> tuple[Coordinate, ...]:
+    """The weights that `--weights` names, where a search uses the prompts and layers of the command line.
+
+    Raises:
+        UsageError: see `chosen_weights`.
+        CoordinateError: a coordinate outside the model.
+    """
+    from superweights.detection.search import default_prompts
+
+    prompts, last = default_prompts(model, options.prompt), last_layer(model, options.layers)
+    return chosen_weights(text, model, prompts=prompts, last_layer=last, progress=progress)
