@@ -17,6 +17,7 @@ RANKS = {
     "coordinates": 0,
     "progress": 0,
     "checkpoint": 1,
+    "quantization": 1,
     "results": 1,
     "model": 2,
     "detection": 3,
