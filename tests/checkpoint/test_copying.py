@@ -144,7 +144,7 @@ def test_a_folder_that_the_weights_are_linked_from_is_not_replaced(sharded: Path
 
 @pytest.mark.parametrize("overwritten", [False, True])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("step", ["os.fsync", "_copy_file", "_sync_folder", "_write_index"])
+@pytest.mark.parametrize("step", ["os.fsync", "_copy_file", "sync_folder", "_write_index"])
 def test_what_fails_half_way_leaves_nothing(
     step: str,
     error: BaseException,

@@ -27,6 +27,8 @@ from superweights.errors import CoordinateError, MissingTensorError, QuantizedCh
 if TYPE_CHECKING:
     import torch
 
+    from superweights.checkpoint.mapped import MappedFile
+
 _CHUNK_BYTES = 16 << 20
 
 
@@ -87,6 +89,16 @@ class Checkpoint:
     def close(self) -> None:
         """Closes the files. Tensors from `view` stay valid; their memory goes with the last of them."""
         self._source.close()
+
+    @property
+    def files(self) -> Mapping[str, "MappedFile"]:
+        """The weight files by name, in the order of the shards."""
+        return MappingProxyType(self._files)
+
+    @property
+    def index_file(self) -> str | None:
+        """Name of the file that says which tensor is in which shard; None where there is one shard without an index."""
+        return self._source.shards.index
 
     @property
     def nbytes(self) -> int:
@@ -173,6 +185,15 @@ class Checkpoint:
             copied = bytearray(file.map[entry.start : entry.end])
             return torch.frombuffer(copied, dtype=dtype).reshape(entry.shape)
         return torch.frombuffer(file.map, dtype=dtype, count=entry.numel, offset=entry.start).reshape(entry.shape)
+
+    def stored_bytes(self, name: str) -> memoryview:
+        """A tensor's bytes as the file holds them, without a copy; like `view`, but of any dtype.
+
+        Raises:
+            MissingTensorError: there is no such tensor.
+        """
+        entry = self.entry(name)
+        return memoryview(self._files[entry.file].map)[entry.start : entry.end]
 
     def fetch(self, names: Iterable[str], *, populate: bool = True) -> None:
         """Brings tensors into memory and returns when they are there; safe to call from several threads.

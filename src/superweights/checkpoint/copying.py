@@ -8,14 +8,13 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from superweights.checkpoint.checkpoint import Checkpoint
 from superweights.checkpoint.mapped import MappedFile
 from superweights.checkpoint.remote import is_small
-from superweights.checkpoint.shards import Shards
 from superweights.checkpoint.spans import split
 from superweights.errors import RecordError, UsageError
 from superweights.progress import NO_PROGRESS, Progress
@@ -49,14 +48,14 @@ def copy_checkpoint(
         CheckpointError: the model's bytes cannot be had.
     """
     target = Path(to).expanduser().resolve()
-    _check_target(checkpoint, target, overwrite=overwrite)
-    files = checkpoint._files
+    check_target(checkpoint, target, overwrite=overwrite)
+    files = checkpoint.files
     blocks = {name: list(split([(0, file.size)], _BLOCK_BYTES)) for name, file in files.items()}
     progress.start("copying weights", total=sum(map(len, blocks.values())), unit="blocks")
     try:
         with _new_folder(target) as folder:
-            _copy_small_files(checkpoint.directory, folder)
-            _write_index(checkpoint, checkpoint._source.shards, folder)
+            copy_small_files(checkpoint.directory, folder)
+            _write_index(checkpoint, folder)
             for name, file in files.items():
                 _copy_file(file, folder / name, blocks[name], changes(name), progress)
     except OSError as error:
@@ -68,9 +67,14 @@ def copy_checkpoint(
         progress.finish()
 
 
-def _check_target(checkpoint: Checkpoint, target: Path, *, overwrite: bool) -> None:
+def check_target(checkpoint: Checkpoint, target: Path, *, overwrite: bool) -> None:
+    """Refuses a place where nothing new can be written.
+
+    Raises:
+        UsageError: it is taken, or lies in the model's own folder or around it.
+    """
     directory = checkpoint.directory.resolve()
-    own = [directory, *(file.path.resolve() for file in checkpoint._files.values())]
+    own = [directory, *(file.path.resolve() for file in checkpoint.files.values())]
     fault = None
     if directory in (target, *target.parents) or any(target in path.parents for path in own):
         fault = "the model itself lies there. Give a folder apart from it"
@@ -88,25 +92,33 @@ def _check_target(checkpoint: Checkpoint, target: Path, *, overwrite: bool) -> N
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
     """A folder beside the target that takes its place in the end, or is gone."""
-    token = secrets.token_hex(4)
-    folder, old = (target.with_name(f".{target.name}.{token}{suffix}") for suffix in ("", ".old"))
+    folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     target.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir()
     try:
         yield folder
         for each in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
-            _sync_folder(each)
+            sync_folder(each)
+        put_in_place(folder, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def put_in_place(folder: Path, target: Path) -> None:
+    """Renames a finished folder to its target; what was there stays until that is done."""
+    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
+    try:
         if target.exists():
             target.rename(old)
         folder.rename(target)
     finally:
         if old.exists() and not target.exists():
             old.rename(target)
-        for left in (folder, old):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on the disk."""
     if os.name != "posix":  # elsewhere a folder cannot be opened
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -116,20 +128,24 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _copy_small_files(directory: Path, folder: Path) -> None:
+def copy_small_files(directory: Path, folder: Path, *, but: Container[str] = ()) -> None:
     """Config, tokenizer and chat templates; never other weights, which would be those of the unchanged model."""
     for path in [*directory.iterdir(), *directory.glob("additional_chat_templates/*")]:
-        name = path.relative_to(directory)
-        if path.is_file() and is_small(name.as_posix(), path.stat().st_size):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and is_small(name, path.stat().st_size) and name not in but:
+            (folder / name).unlink(missing_ok=True)
             _write(folder / name, [path.read_bytes()])
 
 
-def _write_index(checkpoint: Checkpoint, shards: Shards, folder: Path) -> None:
-    if shards.index is None:
+def _write_index(checkpoint: Checkpoint, folder: Path) -> None:
+    if checkpoint.index_file is None:
         return
-    path = checkpoint.directory / shards.index
-    index = {"metadata": {"total_size": checkpoint.nbytes}, "weight_map": shards.weight_map}
-    _write(folder / shards.index, [path.read_bytes() if path.is_file() else json.dumps(index, indent=2).encode()])
+    path = checkpoint.directory / checkpoint.index_file
+    weight_map = {name: entry.file for name, entry in checkpoint.tensors.items()}
+    index = {"metadata": {"total_size": checkpoint.nbytes}, "weight_map": weight_map}
+    _write(
+        folder / checkpoint.index_file, [path.read_bytes() if path.is_file() else json.dumps(index, indent=2).encode()]
+    )
 
 
 def _copy_file(

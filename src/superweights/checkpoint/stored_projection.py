@@ -20,9 +20,9 @@ _NAMES = (
     "linear_fc2", "layer_2", "output.dense", "ffn.2", "feed_forward.value", "feed_forward.output", "w_out", "proj_down",
 )  # fmt: skip
 """Last parts of the names under which causal language models store a down projection."""
-_CONV1D_TYPES = {"gpt2", "gpt-sw3", "openai-gpt", "imagegpt", "decision_transformer"}
+CONV1D_TYPES = {"gpt2", "gpt-sw3", "openai-gpt", "imagegpt", "decision_transformer"}
 """Model types whose linear layers are transformers' Conv1D, stored [inputs, outputs]."""
-_TRANSPOSED_EXPERT_TYPES = {"gpt_oss", "llama4", "llama4_text", "aria", "aria_text"}
+TRANSPOSED_EXPERT_TYPES = {"gpt_oss", "llama4", "llama4_text", "aria", "aria_text"}
 """Model types whose packed experts are stored [experts, inputs, outputs]."""
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 _HIDDEN_SIZES = ("hidden_size", "n_embd", "d_model", "dim", "embed_dim")
@@ -82,7 +82,7 @@ def find_stored_projection(shapes: Shapes, config: Mapping[str, Any], *, coordin
         CoordinateError: no such layer or expert; the message gives the valid range.
         UnsupportedArchitectureError: names and shapes leave no reading, or more than one.
     """
-    text = _text_config(config)
+    text = text_config(config)
     hidden_size = _first_number(text, _HIDDEN_SIZES)
     layers = _layers(shapes, _first_number(text, _LAYER_COUNTS))
     if coordinate.layer not in layers:
@@ -143,7 +143,7 @@ def layer_tensors(shapes: Shapes, config: Mapping[str, Any]) -> tuple[tuple[str,
         >>> layer_tensors(shapes, {"num_hidden_layers": 2})
         (('layers.0.up.weight',), ('layers.1.up.weight',))
     """
-    count = _first_number(_text_config(config), _LAYER_COUNTS)
+    count = _first_number(text_config(config), _LAYER_COUNTS)
     layers = _layers(shapes, count)
     return tuple(tuple(layers[layer].values()) for layer in sorted(layers) if count is None or layer < count)
 
@@ -190,9 +190,9 @@ def _read(
     in_rows, in_cols = (size == hidden_size for size in shape[-2:]) if len(shape) in (2, 3) else (False, False)
     if len(shape) == 3:
         # The shape decides where it can; the model type only where hidden and intermediate size are equal.
-        transposed = in_cols and (not in_rows or model_type in _TRANSPOSED_EXPERT_TYPES)
+        transposed = in_cols and (not in_rows or model_type in TRANSPOSED_EXPERT_TYPES)
     else:
-        transposed = model_type in _CONV1D_TYPES
+        transposed = model_type in CONV1D_TYPES
     if not (in_cols if transposed else in_rows):
         return None
     expert = _EXPERT.search(path)
@@ -225,7 +225,8 @@ def _for_expert(found: Sequence[StoredProjection], coordinate: Coordinate) -> li
     return [each for each in found if coordinate.expert == each.expert or each.experts is not None]
 
 
-def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config that describes the language model: all of it, unless there are other towers."""
     return next((config[key] for key in _TEXT_CONFIGS if isinstance(config.get(key), Mapping)), config)
 
 
