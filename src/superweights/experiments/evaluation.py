@@ -1,7 +1,7 @@
 """Conditions on windows of text: which pass runs what, and the numbers as records.
 
-Conditions that edit activations or single weights share passes as rows of one batch; those that prune largest weights run by
-themselves. Windows are the outer loop, so a caller may stop as soon as the numbers decide.
+Conditions that edit activations or single weights share passes as rows of one batch; those that prune largest weights or quantize
+run by themselves. Windows are the outer loop, so a caller may stop as soon as the numbers decide.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from superweights.errors import UsageError
-from superweights.interventions.conditions import ORIGINAL, Condition, PruneLargest
+from superweights.interventions.conditions import ORIGINAL, Condition
 from superweights.interventions.rows import applied, condition_states
 from superweights.measurements.intervals import Interval, mean_interval, perplexity, perplexity_ratio
 from superweights.measurements.scores import Scores, score_states
@@ -119,14 +119,14 @@ def evaluate(
         UsageError: an edit changes nothing.
         CoordinateError: a weight is not in this model.
     """
-    in_rows = [each for each in conditions if not _prunes(each)]
-    # Only those that prune need them later: of a long text they take gigabytes.
+    in_rows = [each for each in conditions if not each.needs_own_pass]
+    # Only those that need their own pass ask for them later: of a long text they take gigabytes.
     references: list[torch.Tensor] | None = [] if len(in_rows) < len(conditions) else None
     parts = evaluate_in_parts(model, windows, in_rows, references=references, progress=progress)
     found = dict(zip(in_rows, _by_condition(Scores.joined(list(parts), dim=1)), strict=True))
     for condition in conditions:
         if condition not in found and references is not None:  # edits weights: all windows while the edit lasts
-            found[condition] = _score_pruned(model, windows, condition, references, progress)
+            found[condition] = _score_alone(model, windows, condition, references, progress)
     return Evaluation(tuple(conditions), Scores.joined([found[each] for each in conditions], dim=0), windows)
 
 
@@ -144,7 +144,7 @@ def evaluate_in_parts(
     Args:
         model: the model.
         windows: the text.
-        conditions: the original first; none may prune largest weights.
+        conditions: the original first; none may need a pass of its own.
         references: takes the last states of the original of each part.
         compare: False leaves KL and agreement out, at half the cost.
         progress: hears about windows.
@@ -178,7 +178,7 @@ def _score_rows(
     return reference, Scores.joined(parts, dim=0)
 
 
-def _score_pruned(
+def _score_alone(
     model: LoadedModel, windows: Windows, condition: Condition, references: list[torch.Tensor], progress: Progress
 ) -> Scores:
     parts = torch.split(windows.ids, len(references[0]))
@@ -192,10 +192,6 @@ def _score_pruned(
     finally:
         progress.finish()
     return Scores.joined(scores, dim=1)
-
-
-def _prunes(condition: Condition) -> bool:
-    return any(isinstance(each, PruneLargest) for each in condition.interventions)
 
 
 def _by_condition(scores: Scores) -> list[Scores]:

@@ -3,11 +3,19 @@
 Nothing here touches a model. `weights` and `outputs` carry interventions out; results record them as data.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from superweights.coordinates import Coordinate
+from superweights.quantization.scheme import Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+    from superweights.quantization.activations import Span
+    from superweights.quantization.clipping import Clip
+    from superweights.quantization.held_out import Keep
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +107,105 @@ class EditSuperActivation:
         return {"kind": "edit super activation", "layer": self.layer, "channel": self.channel, **change}
 
 
-Intervention = ScaleWeights | AddToWeights | PruneLargest | RestoreSuperActivation | EditSuperActivation
+@dataclass(frozen=True, slots=True)
+class QuantizeWeights:
+    """Rounds the matrices of linear layers of the decoder layers, and dequantizes them to the dtype they are stored in.
+
+    Source:
+        arXiv 2411.07191, section 4.2.
+    """
+
+    scheme: Scheme
+    """To which values."""
+    clip: "Clip | None" = None
+    """What is cut off before."""
+    keep: tuple[Coordinate, ...] = ()
+    """Weights that keep their value to the bit, such as the super weights."""
+    keep_by: "Keep" = "hold-out"
+    """Whether kept weights take part in the range of their group."""
+    largest: int = 0
+    """How many of the largest |weights| of each matrix are kept as well."""
+    amplify: float = 1.0
+    """What the weights of `keep` are multiplied by once they are back."""
+    only: tuple[str, ...] | None = None
+    """Stored tensors to round; None for all matrices."""
+    factors: "Mapping[str, torch.Tensor]" = field(default_factory=dict, compare=False)
+    """By module: what its input channels are multiplied by before rounding, [cols]; their inputs are divided by the same."""
+
+    def describe(self) -> dict[str, Any]:
+        """The intervention as data."""
+        found = {"kind": "quantize weights", "scheme": str(self.scheme)}
+        more = {
+            "clip": self.clip and str(self.clip),
+            "keep": [str(each) for each in self.keep],
+            "keep_by": self.keep_by if self.keep or self.largest else None,
+            "largest": self.largest,
+            "amplify": None if self.amplify == 1 else self.amplify,
+            "only": self.only and list(self.only),
+            "smoothed": sorted(self.factors),
+        }
+        return {**found, **{key: value for key, value in more.items() if value}}
+
+
+@dataclass(frozen=True, slots=True)
+class RoundedInput:
+    """How the input of one linear layer is rounded."""
+
+    module: str
+    """Name of the linear layer."""
+    channel: int | None = None
+    """Channel of its super activation, which is replaced before and restored after rounding; None for none."""
+    scale: float | None = None
+    """What a step is worth, from a calibration; None takes it from each input."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeActivations:
+    """Rounds what goes into linear layers, and dequantizes it.
+
+    In each sequence the super activation of an input is the largest |value| of its channel.
+
+    Source:
+        arXiv 2411.07191, section 4.1.
+    """
+
+    inputs: tuple[RoundedInput, ...]
+    """Which inputs, and what is special about each."""
+    bits: int = 8
+    """Bits of an activation."""
+    span: "Span" = "token"
+    """Whether each token has a scale of its own, or a sequence has one."""
+    median: "Span" = "token"
+    """Of what a super activation takes the median while others are rounded."""
+    attention: bool = False
+    """Whether queries, keys, values and probabilities of attention are rounded too."""
+    factors: "Mapping[str, torch.Tensor]" = field(default_factory=dict, compare=False)
+    """By module: what its input channels are divided by, [channels]; see `QuantizeWeights.factors`."""
+
+    def describe(self) -> dict[str, Any]:
+        """The intervention as data."""
+        channels = {each.module: each.channel for each in self.inputs if each.channel is not None}
+        scales = {each.module: each.scale for each in self.inputs if each.scale is not None}
+        found = {"kind": "quantize activations", "bits": self.bits, "span": self.span, "inputs": len(self.inputs)}
+        more = {
+            "super_activations": channels,
+            "median": self.median if channels else None,
+            "scales": scales,
+            "attention": self.attention,
+            "smoothed": sorted(self.factors),
+        }
+        return {**found, **{key: value for key, value in more.items() if value}}
+
+
+Intervention = (
+    ScaleWeights
+    | AddToWeights
+    | PruneLargest
+    | RestoreSuperActivation
+    | EditSuperActivation
+    | QuantizeWeights
+    | QuantizeActivations
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +221,13 @@ class Condition:
         """The condition as data; empty for the original."""
         steps = [each.describe() for each in self.interventions]
         return {} if not steps else steps[0] if len(steps) == 1 else {"kind": "several", "steps": steps}
+
+    @property
+    def needs_own_pass(self) -> bool:
+        """Whether it cannot run beside other conditions, as rows of one batch."""
+        return any(
+            isinstance(each, PruneLargest | QuantizeWeights | QuantizeActivations) for each in self.interventions
+        )
 
 
 ORIGINAL = Condition("original")

@@ -16,14 +16,18 @@ import torch
 
 from superweights.coordinates import Coordinate
 from superweights.errors import ModelError, SuperweightsError, UnsupportedArchitectureError, UsageError
+from superweights.interventions.activations import activations_rounded
 from superweights.interventions.conditions import (
     AddToWeights,
     Condition,
     EditSuperActivation,
     PruneLargest,
+    QuantizeActivations,
+    QuantizeWeights,
     RestoreSuperActivation,
     ScaleWeights,
 )
+from superweights.interventions.replacing import replaced_forward
 from superweights.interventions.weights import weights_edited
 from superweights.model.architecture import DownProjection
 from superweights.model.loading import LoadedModel
@@ -64,10 +68,17 @@ def applied(model: LoadedModel, condition: Condition) -> Iterator[None]:
         isinstance(each, RestoreSuperActivation) for each in steps
     )  # needs the untouched output beside the edited
     on_weights = [
-        each for each in steps if isinstance(each, PruneLargest) or (isinstance(each, ScaleWeights) and not in_rows)
+        each
+        for each in steps
+        if isinstance(each, PruneLargest | QuantizeWeights) or (isinstance(each, ScaleWeights) and not in_rows)
     ]
-    others = tuple(each for each in steps if each not in on_weights)
-    with weights_edited(model, on_weights), _rows_edited(model, [Condition(condition.name, others)], None):
+    others = tuple(each for each in steps if each not in on_weights and not isinstance(each, QuantizeActivations))
+    with ExitStack() as stack:
+        stack.enter_context(weights_edited(model, on_weights))
+        for each in steps:
+            if isinstance(each, QuantizeActivations):
+                stack.enter_context(activations_rounded(model, each))
+        stack.enter_context(_rows_edited(model, [Condition(condition.name, others)], None))
         yield
 
 
@@ -84,7 +95,7 @@ def condition_states(
     Args:
         model: the model; weight edits that are in force count for all conditions.
         input_ids: token ids [sequences, tokens].
-        conditions: what to do. Pruning largest weights is no matter of rows: use `applied`.
+        conditions: what to do. Pruning largest weights and quantizing are no matter of rows: use `applied`.
         attention_mask: 1 for real tokens, [sequences, tokens]; None where all are.
         progress: hears about each layer.
 
@@ -93,10 +104,15 @@ def condition_states(
 
     Raises:
         CoordinateError: a weight is not in this model.
-        UsageError: an edit changes nothing, or prunes.
+        UsageError: an edit changes nothing, or needs a pass of its own.
         UnsupportedArchitectureError: the model does not keep sequences and tokens apart.
     """
     count = len(conditions)
+    alone = [each.name for each in conditions if each.needs_own_pass]
+    if alone:
+        raise UsageError(
+            f"{alone[0]!r} edits all weights or activations, and cannot run in rows of a batch: use `applied`."
+        )
     with _rows_edited(model, conditions, input_ids.shape[0]) as first_layer:
         if count > 1 and 0 < first_layer < model.architecture.layer_count and attention_mask is None:
             states = _shared_prefix_states(model, input_ids, first_layer, count, progress)
@@ -184,8 +200,6 @@ def _output_edits(
     added: dict[tuple[DownProjection, int | None], dict[Coordinate, float]] = defaultdict(dict)
     restored: dict[tuple[DownProjection, int | None], dict[int, None]] = defaultdict(dict)
     for each in condition.interventions:
-        if isinstance(each, PruneLargest):
-            raise UsageError("Pruning the largest weights edits weights, and cannot run in rows of a batch.")
         if isinstance(each, ScaleWeights):
             for weight in each.weights:
                 here = scaled[model.architecture.locate(weight), weight.expert]
@@ -231,7 +245,7 @@ def _outputs_corrected(
         return flat.view(outputs.shape)
 
     if projection.experts is None:
-        with _replaced(module, partial(corrected, forward=module.forward)):
+        with replaced_forward(module, partial(corrected, forward=module.forward)):
             yield
     else:
         module.corrector = correct
@@ -313,22 +327,8 @@ def _stream_edited(
         hidden = flat.view(hidden.shape)
         return type(output)((hidden, *output[1:])) if isinstance(output, tuple | list) else hidden
 
-    with _replaced(module, partial(edited, forward=module.forward)):
+    with replaced_forward(module, partial(edited, forward=module.forward)):
         yield
-
-
-@contextmanager
-def _replaced(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another forward function for a module; one that it already has of its own comes back."""
-    before = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
 
 
 @contextmanager

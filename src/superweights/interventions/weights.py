@@ -11,19 +11,22 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from decimal import ROUND_UP, Context, Decimal
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from superweights.checkpoint import Checkpoint
+from superweights.checkpoint.stored_matrices import StoredMatrix, stored_matrices
 from superweights.checkpoint.stored_projection import find_stored_projection, layer_tensors
 from superweights.coordinates import Coordinate
-from superweights.errors import CoordinateError, QuantizedCheckpointError, UsageError
-from superweights.interventions.conditions import PruneLargest, ScaleWeights
+from superweights.errors import CoordinateError, NonFiniteWeightsError, QuantizedCheckpointError, UsageError
+from superweights.interventions.conditions import PruneLargest, QuantizeWeights, ScaleWeights
 from superweights.model.loading import LoadedModel, scale_weight
+from superweights.quantization.held_out import rounded
 
-WeightEdit = ScaleWeights | PruneLargest
+WeightEdit = ScaleWeights | PruneLargest | QuantizeWeights
 """The interventions that change weights."""
 _Shapes = Mapping[str, tuple[int, ...]]
 _Locate = Callable[[Coordinate], tuple[str, tuple[int, ...]]]
@@ -74,10 +77,46 @@ class _Prune:
 
 
 @dataclass(frozen=True, slots=True)
+class _Quantize:
+    """Rounds a matrix."""
+
+    how: QuantizeWeights
+    matrix: StoredMatrix
+    kept: tuple[int, ...]
+    """Flat indices, row by row of [rows, cols]."""
+
+    @property
+    def count(self) -> int:
+        """How many weights are set."""
+        return self.matrix.rows * self.matrix.cols
+
+    def apply(self, matrix: torch.Tensor) -> None:
+        """Edits a matrix in place."""
+        by_rows = matrix.t().contiguous() if self.matrix.transposed else matrix
+        factors = self.how.factors.get(self.matrix.module)
+        weights = by_rows if factors is None else by_rows.float() * factors
+        kept = list(self.kept)
+        if self.how.largest:
+            kept += prune_largest(weights, self.how.largest, kept).tolist()
+        try:
+            found = rounded(
+                weights, self.how.scheme, clip=self.how.clip, kept=kept, keep=self.how.keep_by, scale_dtype=matrix.dtype
+            )
+        except (UsageError, NonFiniteWeightsError) as error:
+            raise type(error)(f"{self.matrix.tensor}: {error}") from error
+        if self.how.amplify != 1 and self.kept:
+            found.view(-1)[list(self.kept)] *= self.how.amplify
+        matrix.copy_(found.t() if self.matrix.transposed else found)
+
+
+_Step = _Scale | _Prune | _Quantize
+
+
+@dataclass(frozen=True, slots=True)
 class EditPlan:
     """What interventions do to the weights of one model."""
 
-    steps: Mapping[str, Mapping[int | None, Sequence[_Scale | _Prune]]]
+    steps: Mapping[str, Mapping[int | None, Sequence[_Step]]]
     """By tensor and matrix, in order; a matrix is its place on the first axis of a tensor that packs several, else None."""
 
     @property
@@ -226,7 +265,7 @@ def plan_stored_edits(checkpoint: Checkpoint, interventions: Sequence[WeightEdit
             )
         return projection.tensor, projection.index(coordinate)
 
-    return _plan(interventions, floats, locate, name=str(checkpoint.reference))
+    return _plan(interventions, floats, locate, config=checkpoint.config, name=str(checkpoint.reference))
 
 
 def _plan_model(model: LoadedModel, interventions: Sequence[WeightEdit]) -> EditPlan:
@@ -240,16 +279,23 @@ def _plan_model(model: LoadedModel, interventions: Sequence[WeightEdit]) -> Edit
         projection = model.architecture.locate(coordinate)
         return projection.name, projection.index(coordinate)
 
-    return _plan(interventions, shapes, locate, name=model.name)
+    return _plan(interventions, shapes, locate, config=model.model.config.to_dict(), name=model.name)
 
 
-def _plan(interventions: Sequence[WeightEdit], shapes: _Shapes, locate: _Locate, *, name: str) -> EditPlan:
-    steps: defaultdict[str, defaultdict[int | None, list[_Scale | _Prune]]]
+def _plan(
+    interventions: Sequence[WeightEdit], shapes: _Shapes, locate: _Locate, *, config: Mapping[str, Any], name: str
+) -> EditPlan:
+    steps: defaultdict[str, defaultdict[int | None, list[_Step]]]
     steps = defaultdict(lambda: defaultdict(list))
     for each in interventions:
         if isinstance(each, PruneLargest):
             for tensor, part, step in _prunes(each, shapes, locate, name):
                 steps[tensor][part].append(step)
+            continue
+        if isinstance(each, QuantizeWeights):
+            matrices = stored_matrices(shapes, shapes, config)
+            for tensor, part, rounding in _quantizations(each, matrices, locate, name):
+                steps[tensor][part].append(rounding)
             continue
         for weight in _weights(each):
             tensor, (*first, row, col) = locate(weight)
@@ -297,6 +343,34 @@ def _prunes(
             yield tensor, part, _Prune(count, tuple(sorted(kept[tensor, part])))
 
 
+def _quantizations(
+    how: QuantizeWeights, matrices: Sequence[StoredMatrix], locate: _Locate, name: str
+) -> Iterator[tuple[str, int | None, _Quantize]]:
+    """What is done to each matrix that is rounded; every fault shows before any weight is read."""
+    chosen = {each.tensor: each for each in matrices if how.only is None or each.tensor in how.only}
+    strange = sorted(set(how.only or ()) - chosen.keys())
+    if strange or not chosen:
+        what = f"{strange[0]} is no matrix of its decoder layers" if strange else "its decoder layers have no matrix"
+        raise UsageError(f"Quantizing {name} by {how.scheme}: {what}.")
+    for each in chosen.values():
+        fault = how.scheme.fault(each.rows, each.cols)
+        if fault:
+            raise UsageError(
+                f"Quantizing {name} by {how.scheme}: {each.tensor} has {each.rows} x {each.cols} weights; {fault}."
+            )
+    kept: defaultdict[tuple[str, int | None], list[int]] = defaultdict(list)
+    for coordinate in dict.fromkeys(how.keep):
+        tensor, index = locate(coordinate)
+        if tensor not in chosen and how.only is None:
+            raise UsageError(f"Keeping {coordinate} of {name}: {tensor} is not quantized. Leave that coordinate out.")
+        if tensor in chosen:
+            place = coordinate.row * chosen[tensor].cols + coordinate.col
+            kept[tensor, index[0] if len(index) == 3 else None].append(place)
+    for tensor, each in chosen.items():
+        for part in range(each.experts) if each.experts else (None,):
+            yield tensor, part, _Quantize(how, each, tuple(kept[tensor, part]))
+
+
 def _numel(shape: tuple[int, ...]) -> int:
     """Weights of one matrix."""
     return shape[-2] * shape[-1]
@@ -316,18 +390,22 @@ def _prune_count(amount: float | int, numel: int, kept: int) -> int:
 @contextmanager
 def _parameters_edited(model: LoadedModel, plan: EditPlan) -> Iterator[None]:
     """Edits parameters in place, for a model that has no checkpoint to come from."""
-    undone: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    undone: list[Callable[[], object]] = []
     try:
         for name, parts in plan.steps.items():
             parameter = model.model.get_parameter(name).data
             for part, steps in parts.items():
                 matrix = _matrix(parameter, part)
                 for step in steps:
-                    undone.append((matrix, *step.apply(matrix)))
+                    if isinstance(step, _Quantize):
+                        undone.append(partial(matrix.copy_, matrix.clone()))
+                        step.apply(matrix)
+                    else:
+                        undone.append(partial(_put, matrix, *step.apply(matrix)))
         yield
     finally:
-        for matrix, flat, original in reversed(undone):
-            _put(matrix, flat, original)
+        for undo in reversed(undone):
+            undo()
 
 
 def _matrix(tensor: torch.Tensor, part: int | None) -> torch.Tensor:

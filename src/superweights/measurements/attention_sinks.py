@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 
 from superweights.errors import UnsupportedArchitectureError
+from superweights.model.attention import attention_implementation
 from superweights.model.loading import LoadedModel
 
 
@@ -83,11 +83,6 @@ def _attention_weights(output: Any, sequences: int, tokens: int) -> torch.Tensor
 @contextmanager
 def _eager_attention(model: LoadedModel) -> Iterator[None]:
     """Lets the model compute its attention weights itself, and its layers give them, until the context ends."""
-    configs = _configs(model)
-    before = [each._attn_implementation for each in configs]
-    # Not set_attn_implementation: it refuses models that read the config in a way of their own, such as falcon.
-    for config in configs:
-        config._attn_implementation = "eager"
     layers = [model.layer(layer) for layer in range(model.architecture.layer_count)]
     handles = [
         each.register_forward_pre_hook(_ask_for_attention, with_kwargs=True)
@@ -95,23 +90,14 @@ def _eager_attention(model: LoadedModel) -> Iterator[None]:
         if "output_attentions" in inspect.signature(type(each).forward).parameters
     ]
     try:
-        yield
+        with attention_implementation(model, "eager"):
+            yield
     finally:
         for handle in handles:
             handle.remove()
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation = implementation
 
 
 def _ask_for_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)  # some decoders give it by position
     bound.arguments["output_attentions"] = True
     return bound.args[1:], bound.kwargs
-
-
-def _configs(model: LoadedModel) -> list[Any]:
-    """All configs that modules of the model read, outer ones before their parts, each once."""
-    read: list[Any] = [getattr(each, "config", None) for each in model.model.modules()]
-    held = [each for each in read if isinstance(each, PreTrainedConfig)]
-    parts = [getattr(each, name, None) for each in held for name in each.sub_configs]
-    return list({id(each): each for each in (*held, *parts) if each is not None}.values())
