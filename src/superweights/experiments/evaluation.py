@@ -1,7 +1,7 @@
 """Conditions on windows of text: which pass runs what, and the numbers as records.
 
-Conditions that edit activations or single weights share passes as rows of one batch; those that prune largest weights or quantize
-run by themselves. Windows are the outer loop, so a caller may stop as soon as the numbers decide.
+Conditions that edit activations or single weights share passes as rows of one batch; those that edit all weights or all
+activations run by themselves. Windows are the outer loop, so a caller may stop as soon as the numbers decide.
 """
 
 import math

@@ -268,6 +268,18 @@ def plan_stored_edits(checkpoint: Checkpoint, interventions: Sequence[WeightEdit
     return _plan(interventions, floats, locate, config=checkpoint.config, name=str(checkpoint.reference))
 
 
+def locate_stored(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[str, tuple[int, ...]]:
+    """The stored tensor that holds a coordinate, and the index there.
+
+    Raises:
+        CoordinateError: it is not in this model.
+        UnsupportedArchitectureError: the names do not say which tensor is meant.
+    """
+    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
+    projection = find_stored_projection(shapes, checkpoint.config, coordinate=coordinate)
+    return projection.tensor, projection.index(coordinate)
+
+
 def _plan_model(model: LoadedModel, interventions: Sequence[WeightEdit]) -> EditPlan:
     if model.checkpoint:
         return plan_stored_edits(model.checkpoint, interventions)

@@ -15,8 +15,7 @@ from superweights.quantization.rounding import Quantized, quantize
 from superweights.quantization.scheme import Scheme
 
 Keep = Literal["hold-out", "restore"]
-"""hold-out: kept weights are 0 while the group's range is taken. restore: they take part, as in the
-paper."""
+"""hold-out: kept weights are 0 while the group's range is taken. restore: they take part, as in the paper."""
 
 
 def quantize_held_out(
@@ -45,11 +44,9 @@ def quantize_held_out(
         >>> quantize_held_out(matrix, Scheme.parse("int4-row"), [1]).codes.tolist()
         [[1, 0, 2, 7]]
     """
-    outside = [each for each in held if not 0 <= each < matrix.numel()]
-    if outside:
-        raise CoordinateError(f"Flat index {outside[0]} is outside a matrix of {matrix.numel()} weights.")
+    _check_inside(matrix, held)
     if held:
-        matrix = matrix.clone()
+        matrix = matrix.detach().clone(memory_format=torch.contiguous_format)
         matrix.view(-1)[list(held)] = 0
     return quantize(matrix, scheme, clip=clip, scale_dtype=scale_dtype)
 
@@ -83,9 +80,16 @@ def rounded(
         >>> rounded(torch.tensor([[0.1, -9.0, 0.22, 0.7]]), Scheme.parse("int4-row"), kept=[1])
         tensor([[ 0.1000, -9.0000,  0.2000,  0.7000]])
     """
+    _check_inside(matrix, kept)
     held = kept if keep == "hold-out" else ()
     found = quantize_held_out(matrix, scheme, held, clip=clip, scale_dtype=scale_dtype).dequantized(matrix.dtype)
     if kept:
         places = list(kept)
-        found.view(-1)[places] = matrix.reshape(-1)[places]
+        found.view(-1)[places] = matrix.detach().reshape(-1)[places]
     return found
+
+
+def _check_inside(matrix: torch.Tensor, places: Sequence[int]) -> None:
+    outside = [each for each in places if not 0 <= each < matrix.numel()]
+    if outside:
+        raise CoordinateError(f"Flat index {outside[0]} is outside a matrix of {matrix.numel()} weights.")

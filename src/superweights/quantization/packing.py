@@ -42,17 +42,19 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 8:
         packed[:, :cols] = codes
     elif bits in (2, 4) and cols % (8 // bits) == 0:
-        pairs = codes.to(torch.uint8)
+        pairs = codes.to(
+            torch.uint8, copy=True, memory_format=torch.contiguous_format
+        )  # views of a slice may not be wider
         for width in (2, 4)[(bits == 4) :]:  # twice the width, half the count
             joined = pairs.view(torch.int16)
             pairs = (joined | (joined >> (8 - width))).to(torch.uint8)
-        packed[:, : cols * bits // 8] = pairs.view(rows, -1)
+        packed[:, : cols * bits // 8] = pairs
     else:
         positions = torch.arange(bits)
         string = (codes.to(torch.int16)[:, :, None] >> positions) & 1  # [rows, cols, bits]
         filled = torch.zeros(rows, words * 32, dtype=torch.uint8)
-        filled[:, : cols * bits] = string.reshape(rows, -1).to(torch.uint8)
-        packed = (filled.view(rows, -1, 8) << torch.arange(8, dtype=torch.uint8)).sum(2, dtype=torch.uint8)
+        filled[:, : cols * bits] = string.reshape(rows, cols * bits).to(torch.uint8)
+        packed = (filled.view(rows, words * 4, 8) << torch.arange(8, dtype=torch.uint8)).sum(2, dtype=torch.uint8)
     return packed.view(torch.int32)
 
 

@@ -119,7 +119,9 @@ class Scheme:
         if self.sharing == "group" and cols % self.size[1]:
             return f"groups of {self.size[1]} do not divide rows of {cols}; shorter ones do: {_divisors(cols, self.size[1])}"
         if self.sharing == "tile" and (rows % self.size[0] or cols % self.size[1]):
-            return f"tiles of {self.size[0]} x {self.size[1]} do not divide {rows} x {cols}"
+            high, wide = self.size
+            fitting = f"{_divisors(rows, high)} rows, {_divisors(cols, wide)} cols"
+            return f"tiles of {high} x {wide} do not divide {rows} x {cols}; these sizes do: {fitting}"
         return None
 
 
