@@ -8,8 +8,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from superweights.checkpoint.stored_projection import CONV1D_TYPES, TRANSPOSED_EXPERT_TYPES, Shapes, text_config
+from superweights.checkpoint.checkpoint import Checkpoint
+from superweights.checkpoint.stored_projection import (
+    CONV1D_TYPES,
+    TRANSPOSED_EXPERT_TYPES,
+    Shapes,
+    layer_tensors,
+    text_config,
+)
+from superweights.errors import QuantizedCheckpointError
 
+_PLAIN = ("F32", "F16", "BF16")
 _ROUTER = re.compile(r"(?:^|\.)(?:gate|router|router\.layer|shared_expert_gate|wg|gate_logit)\.(?:weight|wg\.weight)$")
 """Names of what chooses experts: a few thousand weights on which every token's way depends, left alone by all quantizers."""
 
@@ -38,6 +47,25 @@ class StoredMatrix:
     def numel(self) -> int:
         """How many weights there are."""
         return self.rows * self.cols * (self.experts or 1)
+
+
+def checkpoint_matrices(checkpoint: Checkpoint) -> tuple[StoredMatrix, ...]:
+    """The matrices of linear layers of a checkpoint's decoder layers, in F32, F16 or BF16.
+
+    Raises:
+        QuantizedCheckpointError: there is none.
+        UnsupportedArchitectureError: the names do not say which tensors make up the decoder layers.
+    """
+    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
+    names = [name for names in layer_tensors(shapes, checkpoint.config) for name in names]
+    dtypes = {name: checkpoint.tensors[name].dtype for name in names}
+    found = stored_matrices([name for name in names if dtypes[name] in _PLAIN], shapes, checkpoint.config)
+    if not found:
+        raise QuantizedCheckpointError(
+            f"Looking for matrices of {checkpoint.reference}: its decoder layers hold none in F32, F16 or BF16 (they hold "
+            f"{', '.join(sorted(set(dtypes.values())))}). Give a checkpoint with plain weights."
+        )
+    return found
 
 
 def stored_matrices(names: Iterable[str], shapes: Shapes, config: Mapping[str, Any]) -> tuple[StoredMatrix, ...]:

@@ -54,16 +54,19 @@ class Evaluation:
         """Perplexity over that of the original, paired over windows."""
         return perplexity_ratio(self.nll(condition), self.nll(self.conditions[0]))
 
+    def kl(self, condition: Condition) -> Interval:
+        """Divergence from the original, nats per token."""
+        values = self.scores.kl_nats[self.conditions.index(condition)].tolist()
+        return mean_interval(values, bounds=(0, math.inf))
+
     def records(self) -> Iterator[MeasurementRecord]:
         """Perplexity of every condition; ratio, KL and agreement of every edited one."""
         for number, condition in enumerate(self.conditions):
             yield self._record(condition, "perplexity", "1", perplexity(self.nll(condition)))
             if number:
-                kl, agreement = (each[number].tolist() for each in (self.scores.kl_nats, self.scores.agreement))
+                agreement = self.scores.agreement[number].tolist()
                 yield self._record(condition, "perplexity_ratio", "1", self.ratio(condition))
-                yield self._record(
-                    condition, "kl_to_original", "nats per token", mean_interval(kl, bounds=(0, math.inf))
-                )
+                yield self._record(condition, "kl_to_original", "nats per token", self.kl(condition))
                 yield self._record(condition, "top1_agreement", "proportion", mean_interval(agreement, bounds=(0, 1)))
 
     def _record(self, condition: Condition, name: str, unit: str, value: Interval) -> MeasurementRecord:

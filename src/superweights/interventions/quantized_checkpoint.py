@@ -14,10 +14,9 @@ import torch
 
 from superweights.checkpoint import Checkpoint, ModelReference
 from superweights.checkpoint.converting import NewTensor, Replacement, convert_checkpoint
-from superweights.checkpoint.stored_matrices import StoredMatrix, stored_matrices
-from superweights.checkpoint.stored_projection import layer_tensors
+from superweights.checkpoint.stored_matrices import StoredMatrix, checkpoint_matrices
 from superweights.coordinates import Coordinate
-from superweights.errors import NonFiniteWeightsError, QuantizedCheckpointError, UsageError
+from superweights.errors import NonFiniteWeightsError, UsageError
 from superweights.interventions.conditions import QuantizeWeights
 from superweights.interventions.weights import locate_stored
 from superweights.progress import NO_PROGRESS, Progress
@@ -26,7 +25,6 @@ from superweights.quantization.rounding import Quantized, quantize
 from superweights.quantization.scheme import Scheme
 
 _ZERO_POINT_SHARES = ("row", "group")
-_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def quantize_checkpoint(
         plan = plan_quantized_checkpoint(checkpoint, how)
         replacements = {
             each.tensor: _replacement(checkpoint, each, plan.quantized[each.tensor], how)
-            for each in _matrices(checkpoint)
+            for each in checkpoint_matrices(checkpoint)
             if each.tensor in plan.quantized
         }
         replacements.update(_amplified(checkpoint, how))
@@ -107,7 +105,7 @@ def plan_quantized_checkpoint(checkpoint: Checkpoint, how: Sequence[QuantizeWeig
     Raises: as `quantize_checkpoint`, but for what only weights and the disk can show.
     """
     checkpoint.require_plain("quantizing")
-    matrices = {each.tensor: each for each in _matrices(checkpoint)}
+    matrices = {each.tensor: each for each in checkpoint_matrices(checkpoint)}
     quantized: dict[str, Scheme] = {}
     for each in how:
         _check_packable(checkpoint, each)
@@ -152,20 +150,6 @@ def plan_quantized_checkpoint(checkpoint: Checkpoint, how: Sequence[QuantizeWeig
         8 * sum(sizes[name] for name in matrices) / weights,
         sum(sizes.values()),
     )
-
-
-def _matrices(checkpoint: Checkpoint) -> tuple[StoredMatrix, ...]:
-    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
-    names = [name for names in layer_tensors(shapes, checkpoint.config) for name in names]
-    floats = [name for name in names if checkpoint.tensors[name].dtype in _FLOATS]
-    found = stored_matrices(floats, shapes, checkpoint.config)
-    if not found:
-        dtypes = sorted({checkpoint.tensors[name].dtype for name in names})
-        raise QuantizedCheckpointError(
-            f"Quantizing {checkpoint.reference}: its decoder layers hold no matrix in F32, F16 or BF16 (they hold "
-            f"{', '.join(dtypes)}). Give a checkpoint with plain weights."
-        )
-    return found
 
 
 def _check_packable(checkpoint: Checkpoint, how: QuantizeWeights) -> None:

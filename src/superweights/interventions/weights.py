@@ -364,6 +364,11 @@ def _quantizations(
     if strange or not chosen:
         what = f"{strange[0]} is no matrix of its decoder layers" if strange else "its decoder layers have no matrix"
         raise UsageError(f"Quantizing {name} by {how.scheme}: {what}.")
+    smoothed = sorted(how.factors.keys() - {each.module for each in chosen.values()})
+    if smoothed:
+        raise UsageError(
+            f"Quantizing smoothed weights of {name}: the stored tensors have no matrix {smoothed[0]}.weight."
+        )
     for each in chosen.values():
         fault = how.scheme.fault(each.rows, each.cols)
         if fault:

@@ -9,6 +9,7 @@ Nothing here raises or warns for a loss that is infinite, not a number or huge: 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -123,6 +124,38 @@ def perplexity_ratio(edited: ArrayLike, original: ArrayLike, *, draws: int = 200
         outside = int(tail * draws)  # draws beyond each end; an order statistic, since inf cannot be interpolated
         low, high = (float(np.exp(means[each])) for each in (outside, draws - 1 - outside))
     return Interval(ratio, error, low, high, count)
+
+
+def bootstrap(
+    items: ArrayLike, statistic: Callable[[NDArray[np.float64]], float], *, draws: int = 2000, seed: int = 0
+) -> Interval:
+    """Any statistic of items, with the percentile bootstrap over items.
+
+    Args:
+        items: what belongs together in a row [items, columns].
+        statistic: gives a number of as many rows.
+        draws: bootstrap samples.
+        seed: seed of the draws.
+
+    Returns:
+        The number; its interval is nan with one item, and infinite or nan where draws are.
+
+    Example:
+        >>> found = bootstrap([[1.0, 2.0], [2.0, 4.0], [3.0, 6.0]], lambda rows: float(rows[:, 1].sum() / rows[:, 0].sum()))
+        >>> found.value, found.low, found.high
+        (2.0, 2.0, 2.0)
+    """
+    rows = np.asarray(items, dtype=np.float64)
+    count = len(rows)
+    with np.errstate(all="ignore"):
+        value = statistic(rows)
+        if count < 2:
+            return Interval(value, math.nan, math.nan, math.nan, count)
+        chosen = np.random.default_rng(seed).integers(count, size=(draws, count), dtype=np.int32)
+        drawn = np.sort([statistic(rows[each]) for each in chosen])
+        outside = int(_TAIL * draws)
+        low, high = float(drawn[outside]), float(drawn[draws - 1 - outside])
+        return Interval(value, float(drawn.std(ddof=1)), low, high, count)
 
 
 def proportion_interval(hits: int, count: int) -> Interval:

@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from superweights.errors import UnsupportedArchitectureError
 from superweights.model.loading import LoadedModel
 
-MASSIVE_RATIO = 50.0
-"""Largest |value| over the median |value| of its token, from which a value counts as a super activation."""
+MASSIVE_RATIO = 20.0
+"""Largest |value| over the median |value| of its token, from which a value counts as a super activation of an input: in 8 bits
+half of the token's values then have 6 steps or fewer."""
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
@@ -30,8 +31,14 @@ class LinearInput:
     """Name of the linear layer."""
     sizes: torch.Tensor
     """Largest |value| of each channel, float32 [channels]."""
+    largest_but_one: float
+    """Largest |value| when the largest of each sequence is left out."""
+    weight_sizes: torch.Tensor
+    """Largest |weight| of each input channel, float32 [channels]."""
     norm: str | None
     """The module whose output it is, where that is a norm."""
+    norm_has_weight: bool
+    """Whether that norm multiplies channels by a weight of their own."""
     attention_output: bool
     """Whether the layer is the output projection of an attention; the paper does not round what goes into those."""
     channel: int | None
@@ -43,7 +50,9 @@ class LinearInput:
 @dataclass
 class _Seen:
     sizes: torch.Tensor
+    weight_sizes: torch.Tensor
     norm: str | None
+    largest_but_one: float = 0.0
     channels: list[int] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
 
@@ -74,17 +83,22 @@ def linear_inputs(
         return hook
 
     def linear_hook(name: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        def hook(module: Any, inputs: tuple[Any, ...]) -> None:
             values = inputs[0]
             by_sequence = values.detach().float().abs().reshape(len(input_ids), -1, values.shape[-1])
             sizes = by_sequence.amax((0, 1))
-            here = seen.setdefault(name, _Seen(torch.zeros_like(sizes), norms.get(id(values))))
+            if name not in seen:
+                over_outputs = 1 if isinstance(module, Conv1D) else 0
+                weight_sizes = module.weight.detach().abs().amax(over_outputs).float()
+                seen[name] = _Seen(torch.zeros_like(sizes), weight_sizes, norms.get(id(values)))
+            here = seen[name]
             torch.maximum(here.sizes, sizes, out=here.sizes)
             for sequence in by_sequence:
                 token, channel = divmod(int(sequence.argmax()), sequence.shape[1])
                 median = sequence[token].median().clamp(min=torch.finfo(torch.float32).tiny)
                 here.channels.append(channel)
                 here.ratios.append(float(sequence[token, channel] / median))
+                here.largest_but_one = max(here.largest_but_one, float(sequence.flatten().topk(2).values[-1]))
 
         return hook
 
@@ -111,7 +125,10 @@ def linear_inputs(
         LinearInput(
             name,
             each.sizes,
+            each.largest_but_one,
+            each.weight_sizes,
             each.norm,
+            each.norm is not None and getattr(model.model.get_submodule(each.norm), "weight", None) is not None,
             bool(_ATTENTION.search(name.rpartition(".")[0])) and last[name.rpartition(".")[0]] == name,
             each.channels[0] if len(set(each.channels)) == 1 and _median(each.ratios) >= massive_ratio else None,
             _median(each.ratios),

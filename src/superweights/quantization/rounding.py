@@ -154,12 +154,12 @@ def to_groups(matrix: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 
 
 def from_groups(groups: torch.Tensor, shape: tuple[int, int], scheme: Scheme) -> torch.Tensor:
-    """The matrix of `to_groups` again."""
+    """The matrix of `to_groups` again, contiguous."""
     rows, cols = shape
     if scheme.sharing == "tile":
         high, wide = scheme.size
         tiles = groups.reshape(rows // high, cols // wide, high, wide).transpose(1, 2)
-        return tiles.reshape(rows, cols)
+        return tiles.reshape(rows, cols).contiguous()  # of tiles as high as the matrix, reshape gives a view
     return groups.reshape(rows, cols)
 
 
@@ -242,7 +242,7 @@ def _values(codes: torch.Tensor, grids: Grids, scheme: Scheme) -> torch.Tensor:
     """What codes [groups, size] stand for, float32."""
     scales = grids.scales.float()[:, None]
     if scheme.kind == "nf":
-        return normal_float(scheme.bits).index_select(0, codes.int().view(-1)).view(codes.shape).mul_(scales)
+        return normal_float(scheme.bits).index_select(0, codes.int().flatten()).view(codes.shape).mul_(scales)
     if grids.offsets is None:
         return codes.float().mul_(scales)
     if scheme.offset == "asym":
