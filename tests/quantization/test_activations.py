@@ -81,7 +81,7 @@ def test_nothing_moves_by_more_than_half_a_step(span, dtype):
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_a_token_has_as_many_values_as_its_bits_allow(bits):
-    found = rounded_activations(normal(2, 4000), bits=bits)
+    found = rounded_activations(torch.linspace(-1, 1, 4000).repeat(2, 1), bits=bits)
     assert [len(row.unique()) for row in found] == [2**bits - 1] * 2
 
 
@@ -121,7 +121,7 @@ def test_the_median_of_a_token_or_of_all():
     activations = torch.tensor([[900.0, 1.0, 2.0, 3.0], [10.0, 20.0, 30.0, 40.0], [50.0, 60.0, 70.0, 80.0]])
     places = torch.tensor([[0, 0]])
     assert replaced_activations(activations, places)[0].tolist() == [2, 1, 2, 3]
-    assert replaced_activations(activations, places, median="tensor")[0].tolist() == [40, 1, 2, 3]
+    assert replaced_activations(activations, places, median="tensor")[0].tolist() == [30, 1, 2, 3]
     assert activations[0, 0] == 900
 
 

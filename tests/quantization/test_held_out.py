@@ -70,10 +70,10 @@ def test_restored_is_rounding_with_all_weights(text, clip):
     assert same_bits(rounded(matrix, scheme, kept=kept, keep="restore", clip=clip), values)
 
 
-@given(st.floats(-1e30, 1e30, width=32), st.sampled_from(SCHEMES), st.sampled_from([None, *CLIPS]))
+@given(st.floats(width=32), st.sampled_from(SCHEMES), st.sampled_from([None, *CLIPS]))
 @settings(deadline=None, max_examples=60)
 def test_a_weight_that_is_held_out_sets_no_range(value, text, clip):
-    """Its neighbours are the same whatever it is; restored, it may spoil them all."""
+    """Its neighbours are the same whatever it is, even no number."""
     matrix, other = normal(), normal()
     matrix[2, 3], other[2, 3] = value, 0.25
     clip = None if clip is None else Clip.parse(clip)
@@ -83,7 +83,7 @@ def test_a_weight_that_is_held_out_sets_no_range(value, text, clip):
 
 
 def test_both_harms_around_a_super_weight():
-    """Alone, rounding keeps it and loses its neighbours; a clip loses it; held out, or clipped and restored, nothing is lost."""
+    """Rounding alone loses its neighbours, and a clip loses it; held out, or clipped and restored, nothing is lost."""
     matrix, scheme = normal(1, 128, seed=4) * 0.01, Scheme.parse("int4-g128")
     matrix[0, 7] = -2
     others = [place for place in range(128) if place != 7]

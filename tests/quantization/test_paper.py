@@ -1,8 +1,8 @@
 """The released function of the paper as a plain loop, and ours beside it.
 
 Source:
-    arXiv 2411.07191 and its code: blocks of consecutive weights, row by row; a threshold per block; clamp; min-max rounding with
-    scale (2^n - 1) / (max - min); dequantize; put kept weights back. What does not divide into blocks is one block.
+    arXiv 2411.07191 and its code: blocks of consecutive weights, row by row; a threshold per block; clamp; min-max rounding
+    with scale (2^n - 1) / (max - min); dequantize; put kept weights back. What does not divide into blocks is one block.
 """
 
 import math
@@ -74,7 +74,7 @@ def paper_loop(
 
 
 def check(matrix: torch.Tensor, text: str, together: int, clip: Clip | None = None, kept: tuple[int, ...] = ()) -> None:
-    """Equal but for float32: thresholds and ends are off by some 2^-24 of the range of a block, and so is everything on its grid.
+    """Equal but for float32: thresholds and ends are off by some 2^-24 of the range of a block, and so are values on the grid.
 
     Within 1e-4 steps of the middle of two codes that may decide for the other one. Narrow dtypes round the result once more.
     """

@@ -6,12 +6,13 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from .building import CLIPS, COLS, DTYPES, ROWS, SCHEMES, group_of, groups_of, matrices, normal, same_bits
 from superweights.errors import NonFiniteWeightsError, UsageError
 from superweights.quantization import rounding
 from superweights.quantization.clipping import Clip
 from superweights.quantization.rounding import Quantized, from_groups, normal_float, quantize, to_groups
 from superweights.quantization.scheme import Scheme
+
+from .building import CLIPS, COLS, DTYPES, ROWS, SCHEMES, group_of, groups_of, matrices, normal, same_bits
 
 F = np.float32
 TIE = 1e-4
@@ -332,7 +333,7 @@ def test_weights_that_are_no_numbers_are_refused_and_counted(bad, text, clip):
     matrix[2, 5] = bad
     clip = None if clip is None else Clip.parse(clip)
     with pytest.raises(
-        NonFiniteWeightsError, match="Quantizing a matrix of 4 x 8: 1 weight is NaN or infinite. The checkpoint"
+        NonFiniteWeightsError, match=r"Quantizing a matrix of 4 x 8: 1 weight is NaN or infinite. The checkpoint"
     ):
         quantize(matrix, scheme, clip=clip)
     matrix[0] = bad
@@ -350,10 +351,10 @@ def test_an_infinite_weight_beyond_the_first_piece_is_seen(monkeypatch):
 
 def test_a_scale_that_does_not_fit_is_no_damage():
     with pytest.raises(
-        UsageError, match="weights of up to 1e.06 need a scale that does not fit in torch.float16. Store scales"
+        UsageError, match=r"weights of up to 1e.06 need a scale that does not fit in torch.float16. Store scales"
     ):
         quantize(torch.tensor([[1e6, 1.0]]), Scheme.parse("int4-row"), scale_dtype=torch.float16)
-    with pytest.raises(UsageError, match="weights of up to 2e.38 need a scale that does not fit in torch.float32"):
+    with pytest.raises(UsageError, match=r"weights of up to 2e.38 need a scale that does not fit in torch.float32"):
         quantize(torch.tensor([[2e38, -2e38]]), Scheme.parse("int4-row-asym"))
 
 

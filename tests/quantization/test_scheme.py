@@ -86,8 +86,21 @@ def test_near_matches_of_a_typo(typo, meant):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "nonsense", "int4", "int4-", "int4-g", "int4-g-128", "int44-row", "fp4-row", "int4-rows", "int4-row-", "int4-g128x2"]
-)  # fmt: skip
+    "text",
+    [
+        "",
+        "nonsense",
+        "int4",
+        "int4-",
+        "int4-g",
+        "int4-g-128",
+        "int44-row",
+        "fp4-row",
+        "int4-rows",
+        "int4-row-",
+        "int4-g1x2",
+    ],
+)
 def test_text_that_is_no_scheme(text):
     with pytest.raises(UnknownNameError, match="There is no scheme"):
         Scheme.parse(text)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from superweights.quantization.activations import rounded_activations
 from superweights.quantization.smoothing import smoothing_factors
 
-SIZES = st.lists(st.floats(1e-3, 1e4, width=32), min_size=1, max_size=9)
+SIZES = st.lists(st.floats(2**-10, 2**13, width=32), min_size=1, max_size=9)
 
 
 @given(SIZES, SIZES, st.floats(0, 1))

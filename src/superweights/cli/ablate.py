@@ -1,10 +1,10 @@
 """The verb `ablate`: the paper's table 1."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from cyclopts import Parameter
 
@@ -25,6 +25,7 @@ from superweights.coordinates import Coordinate
 from superweights.errors import UsageError
 from superweights.experiments.ablation import ablate as run_ablation
 from superweights.experiments.ablation import ablation_conditions
+from superweights.interventions.conditions import Condition
 from superweights.interventions.rows import applied
 from superweights.model.loading import LoadedModel
 from superweights.progress import RichProgress
@@ -133,13 +134,38 @@ def _more(
             with applied(loaded, condition):
                 continued = continue_text(loaded, settings.sample)
             yield NoteRecord(level="info", text=f"{condition.name}: {settings.sample!r} goes on {continued!r}")
-        if settings.tasks:
-            from superweights.integrations.lm_eval import TASKS, run_tasks
+        yield from task_records(loaded, settings, [condition], progress)
 
-            names = TASKS if settings.tasks == "all" else settings.tasks.split(",")
-            yield from run_tasks(
-                loaded, names, data=settings.tasks_data, limit=settings.limit, condition=condition, progress=progress
-            )
+
+class TaskSettings(Protocol):
+    """What a verb that runs tasks asks."""
+
+    @property
+    def tasks(self) -> str | None:
+        """Names, separated by commas, or all."""
+
+    @property
+    def tasks_data(self) -> Path | None:
+        """Folder with the tasks as files."""
+
+    @property
+    def limit(self) -> int | None:
+        """At most so many items of each."""
+
+
+def task_records(
+    loaded: LoadedModel, settings: TaskSettings, conditions: Iterable[Condition], progress: RichProgress
+) -> Iterator[MeasurementRecord]:
+    """Zero-shot tasks under every condition; nothing where none is asked for."""
+    if not settings.tasks:
+        return
+    from superweights.integrations.lm_eval import TASKS, run_tasks
+
+    names = TASKS if settings.tasks == "all" else settings.tasks.split(",")
+    for condition in conditions:
+        yield from run_tasks(
+            loaded, names, data=settings.tasks_data, limit=settings.limit, condition=condition, progress=progress
+        )
 
 
 def _leave(settings: AblateSettings, run: Run, records: Sequence[Record], model: str) -> None:
@@ -166,7 +192,7 @@ def _show(records: Sequence[Record], weights: Sequence[Coordinate], model: str, 
     on_text, on_tasks = ([each for each in measured if bool(each.subject) == tasks] for tasks in (False, True))
     write_table([_row(name, [each for each in on_text if each.condition == name]) for name in conditions], title=title)
     if on_tasks:
-        rows = [_task_row(name, [each for each in on_tasks if each.condition == name]) for name in conditions]
+        rows = [task_row(name, [each for each in on_tasks if each.condition == name]) for name in conditions]
         write_text("\n")
         write_table(rows, title="Zero-shot tasks: acc, with its standard error.")
     write_text("".join(f"\n{each.text}\n" for each in records if isinstance(each, NoteRecord)))
@@ -182,7 +208,8 @@ def _row(condition: str, measured: Sequence[MeasurementRecord]) -> dict[str, obj
     return {"condition": condition, **{headings.get(each.name, each.name): _cell(each) for each in measured}}
 
 
-def _task_row(condition: str, measured: Sequence[MeasurementRecord]) -> dict[str, object]:
+def task_row(condition: str, measured: Sequence[MeasurementRecord]) -> dict[str, object]:
+    """A row of a table of tasks: the headline score of each, and their mean."""
     from superweights.integrations.lm_eval import headline
 
     scores = [each for each in measured if each.name == headline(each.subject)]

@@ -104,6 +104,17 @@ VERBS = (
         ("superweights repair ./model", "superweights repair ./model --weights 2:3968:7003 --text wikitext2"),
     ),
     Verb(
+        "quantize",
+        "Quantize a model without losing its super weights; compare schemes, clips and SmoothQuant.",
+        (
+            "superweights quantize ./model --scheme int4-g128 --to ./model-int4",
+            "superweights quantize ./model --scheme int4-g128 --clip z=9 --keep 2:3968:7003 --measure",
+            "superweights quantize ./model --compare --plot figure7.png",
+            "superweights quantize ./model --activations --scales tensor --plot w8a8.png",
+            "superweights quantize ./model --budget 4.25bits --to ./model-mixed",
+        ),
+    ),
+    Verb(
         "show",
         "Show single weights from the file's bytes: value, bits, rank, neighbours.",
         (

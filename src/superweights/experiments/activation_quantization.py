@@ -61,49 +61,71 @@ class ActivationSettings:
 _DEFAULT = ActivationSettings()
 
 
-def compare_activation_quantization(
-    model: LoadedModel,
-    windows: Windows,
-    calibration: torch.Tensor,
-    settings: ActivationSettings = _DEFAULT,
-    *,
-    progress: Progress = NO_PROGRESS,
-) -> Iterator[MeasurementRecord | NoteRecord]:
-    """Perplexity, KL and agreement of each condition, and the share of the loss, and of SmoothQuant's gain, that comes back.
+@dataclass(frozen=True)
+class ActivationConditions:
+    """What is compared, and what must be said about it."""
+
+    conditions: tuple[Condition, ...]
+    """The original first."""
+    notes: tuple[NoteRecord, ...]
+    """Where super activations sit, and why SmoothQuant is left out where it is."""
+
+
+def activation_conditions(
+    model: LoadedModel, calibration: torch.Tensor, settings: ActivationSettings = _DEFAULT
+) -> ActivationConditions:
+    """Original, weights only, naive W8A8, SmoothQuant where it can be applied, super activation kept.
 
     Args:
         model: the model.
-        windows: the text that is scored.
-        calibration: token ids [sequences, tokens] of other text: where super activations sit, and how large channels get.
+        calibration: token ids [sequences, tokens], of other text than is scored: where super activations sit, and how large
+            channels get.
         settings: how.
-        progress: hears about windows.
 
     Raises:
         UnsupportedArchitectureError: the model has no linear layer whose input can be rounded.
-        UsageError: a scheme does not fit.
-
-    Source:
-        arXiv 2411.07191, tables 3 to 5 (the code for these was never released).
     """
     inputs = [
         each
         for each in linear_inputs(model, calibration, massive_ratio=settings.massive_ratio)
         if settings.outputs or not each.attention_output
     ]
-    smoothed, reason = _smoothing(inputs, settings.alpha)
-    conditions = _conditions(inputs, smoothed, settings)
-    found = evaluate(model, windows, conditions, progress=progress)
-    yield from found.records()
-    yield from _shares(found)
-    if reason:
-        yield NoteRecord(level="warning", text=f"SmoothQuant cannot be applied to {model.name}: {reason}")
+    factors, reason = _smoothing(inputs, settings.alpha)
     places = [
         f"{each.module}, channel {each.channel} (x {each.ratio:.0f})" for each in inputs if each.channel is not None
     ]
-    yield NoteRecord(
-        level="info",
-        text=f"Super activations in {len(places)} of {len(inputs)} inputs: {'; '.join(places) or 'none, so nothing is kept'}.",
-    )
+    text = f"Super activations in {len(places)} of {len(inputs)} inputs: {'; '.join(places) or 'none, so nothing is kept'}."
+    notes = [NoteRecord(level="info", text=text)]
+    if reason:
+        notes.append(NoteRecord(level="warning", text=f"SmoothQuant cannot be applied to {model.name}: {reason}"))
+    return ActivationConditions(_conditions(inputs, factors, settings), tuple(notes))
+
+
+def compare_activation_quantization(
+    model: LoadedModel,
+    windows: Windows,
+    conditions: ActivationConditions,
+    *,
+    progress: Progress = NO_PROGRESS,
+) -> Iterator[MeasurementRecord | NoteRecord]:
+    """Perplexity, KL and agreement of each condition; KL over that of naive rounding; shares of the loss that come back.
+
+    Args:
+        model: the model.
+        windows: the text that is scored.
+        conditions: what `activation_conditions` gave.
+        progress: hears about windows.
+
+    Raises:
+        UsageError: a scheme does not fit.
+
+    Source:
+        arXiv 2411.07191, tables 3 to 5 (the code for these was never released).
+    """
+    found = evaluate(model, windows, conditions.conditions, progress=progress)
+    yield from found.records()
+    yield from _shares(found)
+    yield from conditions.notes
 
 
 def _conditions(

@@ -71,5 +71,5 @@ def unpack(packed: torch.Tensor, bits: int, cols: int) -> torch.Tensor:
     """
     stored = packed.contiguous().view(torch.uint8)  # [rows, bytes]
     string = (stored[:, :, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    string = string.reshape(len(packed), -1)[:, : cols * bits].reshape(len(packed), cols, bits)
+    string = string.reshape(len(packed), packed.shape[1] * 32)[:, : cols * bits].reshape(len(packed), cols, bits)
     return (string << torch.arange(bits, dtype=torch.uint8)).sum(2, dtype=torch.uint8)

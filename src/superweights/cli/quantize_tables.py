@@ -1,0 +1,107 @@
+"""The tables of `quantize`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from superweights.cli.output import OutputSettings, write_rows, write_table, write_text
+from superweights.coordinates import Coordinate
+from superweights.results.records import MeasurementRecord, NoteRecord, Record
+
+if TYPE_CHECKING:
+    from superweights.interventions.quantized_checkpoint import QuantizedCheckpoint
+
+_COLUMNS = {
+    "bits_per_weight": "bits/weight",
+    "perplexity": "perplexity",
+    "perplexity_ratio": "/ original",
+    "kl_to_original": "KL, nats",
+    "kl_over_naive": "KL / naive",
+    "top1_agreement": "same top token",
+    "share_of_original_gap": "share of the gap",
+    "share_of_smoothquant_gain": "share of SmoothQuant's gain",
+    "weight_error": "squared error / squared weights",
+}
+_AROUND = {"weight_error": "moved by", "neighbour_error_ratio": "neighbours' error if held out"}
+
+
+def show_written(
+    written: "QuantizedCheckpoint",
+    *,
+    model: str,
+    to: Path,
+    weights: Sequence[Coordinate],
+    seconds: float,
+    output: OutputSettings,
+) -> None:
+    """Says what was written, and how large it is."""
+    row = {
+        "matrices": len(written.quantized),
+        "as_stored": len(written.kept),
+        "bits_per_weight": round(written.bits_per_weight, 4),
+        "gigabytes": round(written.nbytes / 1e9, 4),
+        "seconds": round(seconds, 2),
+        "kept": ", ".join(map(str, weights)) or None,
+    }
+    if output.format != "table":
+        write_rows([{"model": model, "to": str(to), **row, "unrounded": list(written.kept)}], format=output.format)
+        return
+    write_table([row], title=f"{model} is quantized in {to}.")
+    if written.kept:
+        shown = ", ".join(written.kept[:5]) + (", ..." if len(written.kept) > 5 else "")
+        write_text(f"\nStored unrounded: {shown}.\n")
+    write_text("\n")
+
+
+def show_measured(records: Sequence[Record], *, model: str, output: OutputSettings) -> None:
+    """One row for each condition; what happens around super weights; tasks; notes."""
+    measured = [each for each in records if isinstance(each, MeasurementRecord)]
+    if output.format != "table":
+        write_rows([each.model_dump(mode="json") for each in measured], format=output.format)
+        return
+    whole = [each for each in measured if not each.subject]
+    around = [each for each in measured if each.name in _AROUND and each.subject]
+    tasks = [each for each in measured if each.subject and each.name not in _AROUND]
+    if whole:
+        text = next((f"; {each.count} windows of {each.dataset}" for each in whole if each.dataset), "")
+        rows = _rows(whole, {name: heading for name, heading in _COLUMNS.items()})
+        write_table(rows, title=f"{model}{text}. In brackets: 95 % intervals.")
+    if around:
+        rows = [
+            {"condition": condition, "weight": weight, **{_AROUND[each.name]: _around(each) for each in group}}
+            for (condition, weight), group in _grouped(around).items()
+        ]
+        write_text("\n")
+        write_table(rows, title="What plain rounding does to each super weight, and to those that share its scale.")
+    if tasks:
+        from superweights.cli.ablate import task_row
+
+        write_text("\n")
+        names = dict.fromkeys(each.condition for each in tasks)
+        rows = [task_row(name, [each for each in tasks if each.condition == name]) for name in names]
+        write_table(rows, title="Zero-shot tasks: acc, with its standard error.")
+    write_text("".join(f"\n{each.text}\n" for each in records if isinstance(each, NoteRecord)))
+
+
+def _rows(measured: Sequence[MeasurementRecord], columns: dict[str, str]) -> list[dict[str, object]]:
+    rows: dict[str, dict[str, object]] = {}
+    for each in measured:
+        rows.setdefault(each.condition, {"condition": each.condition})[columns.get(each.name, each.name)] = _cell(each)
+    order = ["condition", *columns.values()]
+    return [{key: row[key] for key in order if key in row} for row in rows.values()]
+
+
+def _grouped(measured: Sequence[MeasurementRecord]) -> dict[tuple[str, str], list[MeasurementRecord]]:
+    groups: dict[tuple[str, str], list[MeasurementRecord]] = {}
+    for each in measured:
+        groups.setdefault((each.condition, each.subject), []).append(each)
+    return groups
+
+
+def _around(each: MeasurementRecord) -> str:
+    return f"{100 * each.value:.3g} %" if each.name == "weight_error" else f"x {each.value:.3g}"
+
+
+def _cell(record: MeasurementRecord) -> str:
+    interval = "" if record.interval is None else f" ({record.interval[0]:.4g} to {record.interval[1]:.4g})"
+    return f"{record.value:.4g}{interval}"
