@@ -12,11 +12,13 @@ from superweights.quantization.scheme import Scheme
 ROWS, COLS = 4, 8
 SHARINGS = ["tensor", "row", "g2", "g8", "block16", "block2x4", "block3x5", "tile2x4", "tile4x1", "tile4x8"]
 """block3x5 does not divide 4 x 8: one scale for all of it."""
+OFFSETS = ["", "-asym", "-minmax"]
 SCHEMES = [
-    *[f"int{bits}-{sharing}{offset}" for bits in (2, 4, 8) for sharing in SHARINGS for offset in ("", "-asym", "-minmax")],
-    *[f"nf{bits}-{sharing}" for bits in (3, 4) for sharing in SHARINGS],
-    *[f"int{bits}-row{offset}" for bits in (3, 5, 6, 7) for offset in ("", "-asym", "-minmax")],
-]  # fmt: skip
+    *[f"int4-{sharing}{offset}" for sharing in SHARINGS for offset in OFFSETS],
+    *[f"int{bits}-row{offset}" for bits in (2, 3, 5, 6, 7, 8) for offset in OFFSETS],
+    *[f"nf4-{sharing}" for sharing in SHARINGS],
+    *["nf3-row", "nf3-tile2x4", "int2-g2", "int8-tile4x1", "int8-block16-asym", "int8-tensor-minmax"],
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CLIPS = ["z=1", "signed-z=1", "block-fraction=0.3", "tensor-fraction=0.1", "iqr=0.5", "mse"]
 

@@ -53,7 +53,7 @@ def loop_rounded(
     st.sampled_from(SPANS),
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 7)), max_size=4, unique=True),
 )
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=40)
 def test_any_activations_agree_with_a_plain_loop(activations, bits, span, median, places):
     before = activations.clone()
     at = torch.tensor(places, dtype=torch.int64).reshape(-1, 2)
@@ -88,7 +88,7 @@ def test_a_token_has_as_many_values_as_its_bits_allow(bits):
 @given(
     matrices(4, 9), st.floats(1, 3e4), st.booleans(), st.lists(st.integers(0, 8), min_size=1, max_size=4, unique=True)
 )
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 def test_what_is_replaced_never_sets_the_scale_of_its_token(activations, size, negative, channels):
     """Up to four of nine: the median is one of the others, or between them."""
     plain = activations.clone()

@@ -73,7 +73,7 @@ def test_a_share_of_less_than_one_weight_cuts_nothing():
 
 
 @given(matrices(), st.floats(0.01, 20), st.floats(0.01, 20))
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=40)
 def test_a_larger_amount_never_cuts_more(groups, one, other):
     for method in ("z", "signed-z", "iqr"):
         low, high = thresholds(groups, Clip(method, min(one, other)), NO_ERROR)
@@ -83,7 +83,7 @@ def test_a_larger_amount_never_cuts_more(groups, one, other):
 
 
 @given(matrices(), st.sampled_from(SCHEMES), st.sampled_from(CLIPS))
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 def test_a_cut_leaves_something_of_every_group(matrix, scheme, clip):
     scheme, clip = Scheme.parse(scheme), Clip.parse(clip)
     groups = to_groups(matrix, scheme).float()
@@ -120,7 +120,7 @@ def squared_error(groups: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 @given(matrices(), st.sampled_from(SCHEMES), st.sampled_from([None, torch.float32, torch.bfloat16]))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 def test_mse_is_never_worse_than_no_clip(matrix, scheme, scale_dtype):
     scheme, groups = Scheme.parse(scheme), to_groups(matrix, Scheme.parse(scheme))
     clipped = quantize(matrix, scheme, clip=Clip("mse"), scale_dtype=scale_dtype).dequantized()

@@ -13,6 +13,10 @@ from superweights.quantization.scheme import Scheme
 
 from .building import CLIPS, COLS, DTYPES, ROWS, SCHEMES, matrices, normal, same_bits
 
+WITH_CLIPS = [
+    *[(text, None) for text in SCHEMES],
+    *[(text, clip) for text in ("int4-g2", "nf4-tile2x4") for clip in CLIPS],
+]
 PLACES = st.lists(st.integers(0, ROWS * COLS - 1), max_size=5)
 
 
@@ -23,7 +27,7 @@ PLACES = st.lists(st.integers(0, ROWS * COLS - 1), max_size=5)
     st.sampled_from([None, *CLIPS]),
     st.sampled_from(["hold-out", "restore"]),
 )
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=40)
 def test_kept_weights_come_back_to_the_bit(matrix, text, kept, clip, keep):
     before = matrix.clone()
     found = rounded(matrix, Scheme.parse(text), clip=None if clip is None else Clip.parse(clip), kept=kept, keep=keep)
@@ -44,8 +48,7 @@ def test_a_weight_of_any_bits_comes_back(text, dtype):
     assert same_bits(rounded(matrix, Scheme.parse(text), kept=range(6)).flatten()[:6], strange)
 
 
-@pytest.mark.parametrize("clip", [None, *CLIPS])
-@pytest.mark.parametrize("text", SCHEMES)
+@pytest.mark.parametrize(("text", "clip"), WITH_CLIPS)
 def test_held_out_is_rounding_with_zeros(text, clip):
     matrix, held, scheme = normal(), [3, 17, 18], Scheme.parse(text)
     clip = None if clip is None else Clip.parse(clip)
@@ -60,8 +63,7 @@ def test_held_out_is_rounding_with_zeros(text, clip):
     assert same_bits(rounded(matrix, scheme, kept=held, clip=clip), values)
 
 
-@pytest.mark.parametrize("clip", [None, *CLIPS])
-@pytest.mark.parametrize("text", SCHEMES)
+@pytest.mark.parametrize(("text", "clip"), WITH_CLIPS)
 def test_restored_is_rounding_with_all_weights(text, clip):
     matrix, kept, scheme = normal(), [3, 17, 18], Scheme.parse(text)
     clip = None if clip is None else Clip.parse(clip)
@@ -71,7 +73,7 @@ def test_restored_is_rounding_with_all_weights(text, clip):
 
 
 @given(st.floats(width=32), st.sampled_from(SCHEMES), st.sampled_from([None, *CLIPS]))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 def test_a_weight_that_is_held_out_sets_no_range(value, text, clip):
     """Its neighbours are the same whatever it is, even no number."""
     matrix, other = normal(), normal()

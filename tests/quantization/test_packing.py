@@ -33,7 +33,7 @@ def test_words_are_those_of_a_plain_loop(cols, bits):
 
 
 @given(st.integers(2, 8), st.integers(0, 3), st.integers(1, 70), st.integers(0, 1000))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 def test_codes_come_back(bits, rows, cols, seed):
     codes = codes_of(rows, cols, bits, seed=seed)
     found = unpack(pack(codes, bits), bits, cols)

@@ -188,7 +188,7 @@ def test_the_published_share_of_a_small_matrix_cuts_nothing():
     st.sampled_from(CLIPS),
     st.sampled_from([2, 8, 16, 32, 64, 100]),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 def test_any_weights(seed, bits, clip, together):
     matrix = normal(8, 8, seed=seed) * 10.0 ** (seed % 9 - 4)
     if together != 100 or clip is None or clip.method != "block-fraction":

@@ -101,7 +101,7 @@ def test_values_are_those_of_a_plain_loop(text):
 
 
 @given(matrices(), st.sampled_from(SCHEMES), st.sampled_from([*DTYPES, None]))
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=40)
 def test_any_weights_agree_with_a_plain_loop(matrix, text, scale_dtype):
     scheme = Scheme.parse(text)
     check_against_loop(matrix, scheme, quantize(matrix, scheme, scale_dtype=scale_dtype), scale_dtype or matrix.dtype)
@@ -113,7 +113,7 @@ def widest_gap(scheme: Scheme) -> float:
 
 
 @given(matrices(), st.sampled_from(SCHEMES), st.sampled_from([*DTYPES, None]))
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=40)
 def test_no_weight_moves_by_more_than_half_a_step(matrix, text, scale_dtype):
     scheme = Scheme.parse(text)
     found = quantize(matrix, scheme, scale_dtype=scale_dtype)
@@ -130,7 +130,7 @@ def test_no_weight_moves_by_more_than_half_a_step(matrix, text, scale_dtype):
 
 
 @given(matrices(), st.sampled_from(SCHEMES))
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 def test_codes_fit_in_their_bits(matrix, text):
     scheme = Scheme.parse(text)
     codes = quantize(matrix, scheme).codes
@@ -182,17 +182,24 @@ def test_rounding_twice_in_16_bits(text, dtype):
 
 
 @pytest.mark.parametrize("text", SCHEMES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_matrix_is_only_read(dtype, text):
     matrix = normal(dtype=dtype)
     before = matrix.clone()
-    quantize(matrix, Scheme.parse(text))
-    for clip in CLIPS:
-        quantize(matrix, Scheme.parse(text), clip=Clip.parse(clip))
+    for clip in (None, Clip("z", 1.0), Clip("iqr", 0.5)):
+        quantize(matrix, Scheme.parse(text), clip=clip)
     assert same_bits(matrix, before)
 
 
-@pytest.mark.parametrize("piece", [1, 3, 20])
+@pytest.mark.parametrize("clip", CLIPS)
+def test_no_clip_writes_into_the_matrix(clip):
+    matrix = normal()
+    for text in ("int4-row", "nf4-tensor", "int4-g2-minmax"):
+        quantize(matrix, Scheme.parse(text), clip=Clip.parse(clip))
+    assert same_bits(matrix, normal())
+
+
+@pytest.mark.parametrize("piece", [1, 20])
 @pytest.mark.parametrize("text", SCHEMES)
 def test_the_size_of_a_piece_changes_nothing(text, piece, monkeypatch):
     matrix, scheme = normal(dtype=torch.bfloat16) ** 3, Scheme.parse(text)
@@ -216,7 +223,7 @@ def test_the_size_of_a_piece_changes_nothing(text, piece, monkeypatch):
     st.integers(1, 4),
     st.sampled_from(["group", "block", "tile"]),
 )
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 def test_groups_and_back(down, across, high, wide, sharing):
     assume(high * wide > 1 and (sharing != "group" or wide > 1))
     scheme = Scheme("int", 4, sharing, (1, wide) if sharing == "group" else (high, wide))
@@ -312,7 +319,7 @@ def test_two_weights_on_the_grid(dtype, text, values):
 
 
 @given(matrices(), st.sampled_from([each for each in SCHEMES if "minmax" not in each]))
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=40)
 def test_zero_stays_zero(matrix, text):
     matrix[1, 3] = 0
     assert quantize(matrix, Scheme.parse(text)).dequantized()[1, 3] == 0

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import torch
 
 _COPY_BYTES = 32 << 20
+_SYNC_BYTES = 256 << 20
+"""Bytes read between two starts of writing to the disk."""
 _IDENTITY = "superweights-partial.txt"
 
 
@@ -214,8 +216,15 @@ def _fill(checkpoint: Checkpoint, shard: _Shard, path: Path, pool: ThreadPoolExe
     with growing.open("wb") as file:
         _reserve(file.fileno(), shard.nbytes)
         _write_at(file.fileno(), shard.header, 0)
-        for nbytes in pool.map(partial(_convert, checkpoint, shard, file.fileno()), shard.sources):
-            progress.advance(nbytes=nbytes)
+        with ThreadPoolExecutor(1, "superweights-sync") as disk:  # the disk writes while the cores round
+            unsynced, syncing = 0, disk.submit(os.fsync, file.fileno())
+            for nbytes in pool.map(partial(_convert, checkpoint, shard, file.fileno()), shard.sources):
+                progress.advance(nbytes=nbytes)
+                unsynced += nbytes
+                if unsynced >= _SYNC_BYTES and syncing.done():
+                    syncing.result()
+                    unsynced, syncing = 0, disk.submit(os.fsync, file.fileno())
+            syncing.result()
         os.fsync(file.fileno())
     growing.rename(path)
 
