@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from superweights.experiments.sinks import sinks
     from superweights.experiments.stop_words import stop_words
     from superweights.experiments.verify import Verification, VerifySettings, verify
-    from superweights.interventions.conditions import Condition
+    from superweights.interventions.conditions import Condition, QuantizeActivations, QuantizeWeights
     from superweights.interventions.edit_text import parse_edit
+    from superweights.interventions.quantized_checkpoint import quantize_checkpoint
     from superweights.interventions.rewriting import rewrite_checkpoint
     from superweights.interventions.rows import applied
     from superweights.measurements.model_windows import open_windows
@@ -33,17 +34,24 @@ if TYPE_CHECKING:
     from superweights.model.loading import LoadedModel, load
     from superweights.model.prompts import Prompt, make_prompts
     from superweights.model.tracing import Trace, trace
+    from superweights.quantization.clipping import Clip
+    from superweights.quantization.held_out import rounded
+    from superweights.quantization.scheme import Scheme
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Candidate": "detection.candidates",
+    "Clip": "quantization.clipping",
     "Condition": "interventions.conditions",
     "DetectionSettings": "detection.candidates",
     "Evaluation": "experiments.evaluation",
     "Findings": "detection.search",
     "LoadedModel": "model.loading",
     "Prompt": "model.prompts",
+    "QuantizeActivations": "interventions.conditions",
+    "QuantizeWeights": "interventions.conditions",
+    "Scheme": "quantization.scheme",
     "Trace": "model.tracing",
     "Verification": "experiments.verify",
     "VerifySettings": "experiments.verify",
@@ -57,8 +65,10 @@ _HOMES = {
     "make_prompts": "model.prompts",
     "open_windows": "measurements.model_windows",
     "parse_edit": "interventions.edit_text",
+    "quantize_checkpoint": "interventions.quantized_checkpoint",
     "repair": "experiments.repair",
     "rewrite_checkpoint": "interventions.rewriting",
+    "rounded": "quantization.held_out",
     "scale": "experiments.scaling",
     "sinks": "experiments.sinks",
     "stop_words": "experiments.stop_words",
@@ -69,6 +79,7 @@ _HOMES = {
 
 __all__ = [
     "Candidate",
+    "Clip",
     "Condition",
     "Coordinate",
     "DetectionSettings",
@@ -76,6 +87,9 @@ __all__ = [
     "Findings",
     "LoadedModel",
     "Prompt",
+    "QuantizeActivations",
+    "QuantizeWeights",
+    "Scheme",
     "Trace",
     "Verification",
     "VerifySettings",
@@ -89,8 +103,10 @@ __all__ = [
     "make_prompts",
     "open_windows",
     "parse_edit",
+    "quantize_checkpoint",
     "repair",
     "rewrite_checkpoint",
+    "rounded",
     "scale",
     "sinks",
     "stop_words",

@@ -197,7 +197,7 @@ def packed_tensors(quantized: Quantized) -> list[torch.Tensor]:
     """A quantized matrix as compressed-tensors stores it: packed codes, scales, shape, and zero points of asymmetric grids.
 
     Args:
-        quantized: by rows or groups of rows, sym or asym.
+        quantized: by rows or groups of rows, sym or asym; its codes are used up.
 
     Returns:
         int32 [rows, words]; scales [rows, groups]; int64 [2]; for asym int32 [words, groups], packed along rows.
@@ -206,7 +206,7 @@ def packed_tensors(quantized: Quantized) -> list[torch.Tensor]:
     scheme = quantized.scheme
     codes = quantized.codes.view(rows, cols)
     if scheme.offset == "sym":
-        codes = codes.view(torch.uint8) + (1 << (scheme.bits - 1))  # wraps, as int8 did
+        codes = codes.view(torch.uint8).add_(1 << (scheme.bits - 1))  # wraps, as int8 did
     tensors = [
         pack(codes, scheme.bits),
         quantized.grids.scales.view(rows, -1),

@@ -11,6 +11,9 @@ import math
 
 import torch
 
+_PIECE = 1 << 18
+"""Codes that are packed together, so that what lies between stays in cache."""
+
 
 def packed_cols(cols: int, bits: int) -> int:
     """32-bit words of a row.
@@ -38,13 +41,21 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """
     rows, cols = codes.shape
     words = packed_cols(cols, bits)
+    packed = torch.empty(rows, words, dtype=torch.int32)
+    together = max(1, _PIECE // cols)
+    for first in range(0, rows, together):
+        packed[first : first + together] = _pack_rows(codes[first : first + together], bits, words)
+    return packed
+
+
+def _pack_rows(codes: torch.Tensor, bits: int, words: int) -> torch.Tensor:
+    rows, cols = codes.shape
     packed = torch.zeros(rows, words * 4, dtype=torch.uint8)
     if bits == 8:
         packed[:, :cols] = codes
     elif bits in (2, 4) and cols % (8 // bits) == 0:
-        pairs = codes.to(
-            torch.uint8, copy=True, memory_format=torch.contiguous_format
-        )  # views of a slice may not be wider
+        # Always a copy: bytes inside another tensor need not lie as two-byte numbers must.
+        pairs = codes.to(torch.uint8, copy=True, memory_format=torch.contiguous_format)
         for width in (2, 4)[(bits == 4) :]:  # twice the width, half the count
             joined = pairs.view(torch.int16)
             pairs = (joined | (joined >> (8 - width))).to(torch.uint8)
@@ -53,8 +64,8 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         positions = torch.arange(bits)
         string = (codes.to(torch.int16)[:, :, None] >> positions) & 1  # [rows, cols, bits]
         filled = torch.zeros(rows, words * 32, dtype=torch.uint8)
-        filled[:, : cols * bits] = string.reshape(rows, cols * bits).to(torch.uint8)
-        packed = (filled.view(rows, words * 4, 8) << torch.arange(8, dtype=torch.uint8)).sum(2, dtype=torch.uint8)
+        filled[:, : cols * bits] = string.reshape(rows, -1).to(torch.uint8)
+        packed = (filled.view(rows, -1, 8) << torch.arange(8, dtype=torch.uint8)).sum(2, dtype=torch.uint8)
     return packed.view(torch.int32)
 
 
