@@ -34,7 +34,12 @@ class Scores:
 
 
 def score_states(
-    model: LoadedModel, states: torch.Tensor, input_ids: torch.Tensor, reference: torch.Tensor | None
+    model: LoadedModel,
+    states: torch.Tensor,
+    input_ids: torch.Tensor,
+    reference: torch.Tensor | None,
+    *,
+    reference_model: LoadedModel | None = None,
 ) -> Scores:
     """Scores of windows under several conditions.
 
@@ -44,6 +49,7 @@ def score_states(
         input_ids: the windows [windows, tokens]; every token but the first of each is predicted.
         reference: last states of what to compare with [windows, tokens, hidden]; None leaves KL and agreement nan, at half
             the cost.
+        reference_model: makes logits of the reference; None where that is the same model.
     """
     conditions, windows, tokens, _ = states.shape
     vocabulary = model.model.get_output_embeddings().weight.shape[0]
@@ -54,7 +60,8 @@ def score_states(
         targets = input_ids[:, first + 1 : piece.stop + 1].to(states.device)[..., None]
         expected = None
         if reference is not None:
-            expected = model.logits(reference[:, piece]).log_softmax(-1)  # [windows, piece, vocabulary]
+            logits = (reference_model or model).logits(reference[:, piece])  # [windows, piece, vocabulary]
+            expected = logits.log_softmax(-1)
         for condition in range(conditions):
             found = model.logits(states[condition][:, piece]).log_softmax(-1)
             for number, value in enumerate(_compare(found, targets, expected)):

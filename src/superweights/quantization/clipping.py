@@ -35,6 +35,7 @@ class Clip:
     """
 
     method: Method
+    """How the cut is found; see `CLIP_HELP`."""
     amount: float = 0.0
     """Standard deviations, a share, or a multiple of the quartiles' distance; nothing for mse."""
 

@@ -1,0 +1,140 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from superweights.checkpoint import Checkpoint
+from superweights.results.records import MeasurementRecord
+from superweights.results.store import read_records
+
+from .conftest import Ask
+
+QUICK = ("--windows", "6", "--length", "24")
+
+
+def test_a_model_is_written_with_its_super_weight(ask: Ask, planted_checkpoint: Path, tmp_path: Path) -> None:
+    to = tmp_path / "q"
+    answer = ask("quantize", planted_checkpoint, "--scheme", "int4-g16", "--to", to)
+    assert (answer.status, answer.err) == (0, "")
+    assert "2:49:7" in answer.out and "Stored unrounded: model.layers.2.mlp.down_proj.weight." in answer.out
+    config = json.loads((to / "config.json").read_text())["quantization_config"]
+    assert config["super_weights"][0]["coordinate"] == "2:49:7"
+    assert "2:49:7" in (to / "README.md").read_text()
+    assert json.loads((to / "superweights.json").read_text())["interventions"][0]["keep"] == ["2:49:7"]
+    with Checkpoint.open(planted_checkpoint) as before, Checkpoint.open(to) as after:
+        name = "model.layers.2.mlp.down_proj.weight"
+        assert torch.equal(before.view(name), after.view(name))
+        assert after.nbytes < before.nbytes
+
+
+def test_keeping_none_needs_no_forward_pass(
+    ask: Ask, planted_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("superweights.cli.quantize.open_model", None)
+    answer = ask("quantize", planted_checkpoint, "--scheme", "int8-row", "--keep", "none", "--to", tmp_path / "q")
+    assert (answer.status, answer.err) == (0, "")
+
+
+def test_measuring_writes_records_and_no_model(ask: Ask, planted_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run.jsonl"
+    words = ("--scheme", "int4-g16", "--clip", "z=5", "--measure", "--out", out, *QUICK)
+    answer = ask("quantize", planted_checkpoint, *words)
+    assert (answer.status, answer.err) == (0, "")
+    records = [each for each in read_records(out)[1] if isinstance(each, MeasurementRecord)]
+    names = list(dict.fromkeys(each.condition for each in records))
+    assert names == ["original", "int4-g16, rtn", "int4-g16, clip z=5 + keep"]
+    assert {"perplexity", "kl_to_original", "bits_per_weight"} <= {each.name for each in records}
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_written_and_measured_the_card_has_the_numbers(ask: Ask, planted_checkpoint: Path, tmp_path: Path) -> None:
+    answer = ask("quantize", planted_checkpoint, "--scheme", "int4-g16", "--measure", "--to", tmp_path / "q", *QUICK)
+    assert answer.status == 0
+    assert "| int4-g16, keep | kl to original |" in (tmp_path / "q" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("suffix", ["png", "html"])
+def test_figure_7_is_drawn(ask: Ask, planted_checkpoint: Path, tmp_path: Path, suffix: str) -> None:
+    plot = tmp_path / f"figure7.{suffix}"
+    schemes = "int4-block8x8-minmax,int4-block16x16-minmax"
+    answer = ask("quantize", planted_checkpoint, "--compare", "--scheme", schemes, "--plot", plot, *QUICK)
+    assert (answer.status, answer.err) == (0, "")
+    assert plot.stat().st_size > 1000
+    assert "neighbours' error if held out" in answer.out
+
+
+def test_the_activation_table_is_made_and_drawn(ask: Ask, planted_checkpoint: Path, tmp_path: Path) -> None:
+    plot = tmp_path / "w8a8.svg"
+    answer = ask("quantize", planted_checkpoint, "--activations", "--scales", "tensor", "--plot", plot, *QUICK)
+    assert (answer.status, answer.err) == (0, "")
+    assert "SmoothQuant" in answer.out and "Super activations in" in answer.out and plot.is_file()
+
+
+@pytest.mark.parametrize("clip", ["auto", "auto-text"])
+def test_a_clip_is_tuned(ask: Ask, planted_checkpoint: Path, clip: str) -> None:
+    answer = ask("quantize", planted_checkpoint, "--scheme", "int3-row", "--clip", clip, "--measure", *QUICK)
+    assert answer.status == 0
+    assert "Clip chosen for int3-row: z=" in answer.out
+
+
+def test_a_budget_is_spent_and_written(ask: Ask, planted_checkpoint: Path, tmp_path: Path) -> None:
+    to = tmp_path / "q"
+    words = ("--scheme", "int4-g16", "--budget", "7.5bits", "--measure", "--to", to, *QUICK)
+    answer = ask("quantize", planted_checkpoint, *words)
+    assert (answer.status, answer.err) == (0, "")
+    assert "of 7.5 bits per weight are used" in answer.out
+    groups = json.loads((to / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert sorted(each["weights"]["num_bits"] for each in groups.values()) in ([4], [4, 8])
+
+
+def test_nothing_to_keep_is_said(ask: Ask, random_checkpoint: Path, tmp_path: Path) -> None:
+    answer = ask("quantize", random_checkpoint, "--scheme", "int4-g16", "--to", tmp_path / "q")
+    assert answer.status == 0
+    assert "No super weight candidate" in answer.out and "nothing is kept" in answer.out
+
+
+def test_json_says_what_was_written(ask: Ask, planted_checkpoint: Path, tmp_path: Path) -> None:
+    words = ("--scheme", "int4-g16", "--keep", "2:49:7", "--to", tmp_path / "q", "--format", "json")
+    answer = ask("quantize", planted_checkpoint, *words)
+    (row,) = json.loads(answer.out)
+    assert row["kept"] == "2:49:7" and row["unrounded"] == ["model.layers.2.mlp.down_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((), "Nothing to do"),
+        (("--scheme", "int4_g128", "--measure"), "Did you mean 'int4-g128'"),
+        (("--scheme", "int4-g100", "--keep", "none", "--to", "TO"), "groups of 100 do not divide rows of"),
+        (("--scheme", "int4-tensor", "--to", "TO"), "`--measure` evaluates it without writing"),
+        (("--scheme", "int4-g16,int8-row", "--measure"), "only --compare takes several"),
+        (("--scheme", "int4-g16", "--keep", "2:700:7", "--to", "TO"), "rows are 0 to"),
+        (("--compare", "--methods", "kep"), "Did you mean 'keep'"),
+        (("--compare", "--activations"), "run one after the other"),
+        (("--compare", "--to", "TO"), "run one after the other"),
+        (("--clip", "zz=3", "--measure"), "Did you mean 'z'"),
+        (("--clip", "z=-1", "--measure"), "out of range"),
+        (("--budget", "many", "--to", "TO", "--scheme", "int4-g16"), "no number of bits per weight"),
+        (("--budget", "3", "--to", "TO", "--scheme", "int4-g16", *QUICK), "Give that or more"),
+        (("--tasks", "all", "--to", "TO"), "--tasks measures"),
+        (("--plot", "x.png", "--to", "TO"), "--plot draws what was measured"),
+    ],
+)
+def test_a_wrong_request_is_usage(
+    words: tuple[str, ...], says: str, ask: Ask, planted_checkpoint: Path, tmp_path: Path
+) -> None:
+    answer = ask("quantize", planted_checkpoint, *(str(tmp_path / "q") if each == "TO" else each for each in words))
+    assert (answer.status, answer.out) == (2, "")
+    assert says in answer.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_quantized_model_says_what_it_is(ask: Ask, planted_checkpoint: Path, tmp_path: Path) -> None:
+    assert (
+        ask("quantize", planted_checkpoint, "--scheme", "int8-row", "--keep", "none", "--to", tmp_path / "q").status
+        == 0
+    )
+    answer = ask("quantize", tmp_path / "q", "--scheme", "int8-row", "--to", tmp_path / "again")
+    assert answer.status == 3
+    assert "quantized (compressed-tensors, 8 bits)" in answer.err
