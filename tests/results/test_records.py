@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from superweights.results.records import RECORD_CLASSES, CandidateRecord, MeasurementRecord, Record, Run
+from superweights.results.records import RECORD_CLASSES, AuditRecord, CandidateRecord, MeasurementRecord, Record, Run
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,6 +48,8 @@ def records(draw: st.DrawFn) -> Record:
     if record_class is CandidateRecord:
         expert = "" if fields["expert"] is None else f"/{fields['expert']}"
         fields["coordinate"] = f"{fields['layer']}{expert}:{fields['row']}:{fields['col']}"
+    if record_class is AuditRecord:
+        fields["coordinate"] = "2/1:3:4"
         fields["rank"], fields["matrix_size"] = fields["rank"] + 1, fields["matrix_size"] + 1
         fields["persistence"] = draw(st.none() | st.floats(0, 1))
     return record_class(**fields)

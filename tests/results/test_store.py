@@ -13,7 +13,7 @@ from superweights.results import store
 from superweights.results.records import RECORD_CLASSES, SCHEMA_VERSION, Record, Run
 from superweights.results.store import read_records, replace_file, write_records
 
-SCHEMA_1, SCHEMA_2 = (Path(__file__).with_name(f"schema-{version}.jsonl") for version in (1, 2))
+SCHEMA_1, SCHEMA_2, SCHEMA_3 = (Path(__file__).with_name(f"schema-{version}.jsonl") for version in (1, 2, 3))
 
 
 def test_a_file_survives_the_trip(tmp_path, run, records):
@@ -30,11 +30,11 @@ def test_the_same_records_give_the_same_bytes(tmp_path, run, records):
 
 
 def test_a_file_of_this_schema_is_read_and_written(tmp_path):
-    run, records = read_records(SCHEMA_2)
-    assert run.schema_version == SCHEMA_VERSION == 2
+    run, records = read_records(SCHEMA_3)
+    assert run.schema_version == SCHEMA_VERSION == 3
     assert [each.type for each in records] == list(RECORD_CLASSES)
     write_records(tmp_path / "again.jsonl", run, records)
-    assert (tmp_path / "again.jsonl").read_bytes() == SCHEMA_2.read_bytes()
+    assert (tmp_path / "again.jsonl").read_bytes() == SCHEMA_3.read_bytes()
 
 
 def test_a_file_of_schema_1_is_still_read_and_becomes_one_of_this(tmp_path):
@@ -44,6 +44,11 @@ def test_a_file_of_schema_1_is_still_read_and_becomes_one_of_this(tmp_path):
     write_records(tmp_path / "again.jsonl", run, records)
     again, same = read_records(tmp_path / "again.jsonl")
     assert (again.schema_version, same) == (SCHEMA_VERSION, records)
+
+
+def test_a_file_of_schema_2_is_still_read():
+    run, records = read_records(SCHEMA_2)
+    assert (run.schema_version, records[-1].type) == (2, "verdict")
 
 
 def test_dash_is_stdout_and_stdin(monkeypatch, capfdbinary, run, records):
@@ -159,8 +164,8 @@ def test_unknown_types_are_skipped_with_one_warning(tmp_path, run, records, capl
 
 
 def test_a_newer_schema_is_refused(tmp_path, run):
-    line = json.dumps(json.loads(run.model_dump_json()) | {"schema_version": 3, "new": 1})
-    with pytest.raises(RecordError, match=r"line 1: it has schema version 3, .* reads up to 2\. Use a newer"):
+    line = json.dumps(json.loads(run.model_dump_json()) | {"schema_version": 4, "new": 1})
+    with pytest.raises(RecordError, match=r"line 1: it has schema version 4, .* reads up to 3\. Use a newer"):
         read_text(tmp_path, line)
 
 

@@ -3,7 +3,7 @@
 Nothing here touches a model. `weights` and `outputs` carry interventions out; results record them as data.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +148,23 @@ class QuantizeWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadWeights:
+    """Takes the weights of the decoder layers from elsewhere, such as from a quantized checkpoint of the same model."""
+
+    source: str
+    """Where they come from, in words."""
+    read: "Callable[[str], torch.Tensor | None]" = field(compare=False)
+    """Gives what stands for a stored tensor, in its shape, by name; None leaves the model's own."""
+    keep: tuple[Coordinate, ...] = ()
+    """Weights that keep the model's own value."""
+
+    def describe(self) -> dict[str, Any]:
+        """The intervention as data."""
+        kept = {"keep": [str(each) for each in self.keep]} if self.keep else {}
+        return {"kind": "load weights", "source": self.source, **kept}
+
+
+@dataclass(frozen=True, slots=True)
 class RoundedInput:
     """How the input of one linear layer is rounded."""
 
@@ -205,6 +222,7 @@ Intervention = (
     | EditSuperActivation
     | QuantizeWeights
     | QuantizeActivations
+    | LoadWeights
 )
 
 

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from decimal import ROUND_UP, Context, Decimal
 from functools import partial
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,11 @@ from superweights.checkpoint.stored_matrices import StoredMatrix, stored_matrice
 from superweights.checkpoint.stored_projection import find_stored_projection, layer_tensors
 from superweights.coordinates import Coordinate
 from superweights.errors import CoordinateError, NonFiniteWeightsError, QuantizedCheckpointError, UsageError
-from superweights.interventions.conditions import PruneLargest, QuantizeWeights, ScaleWeights
+from superweights.interventions.conditions import LoadWeights, PruneLargest, QuantizeWeights, ScaleWeights
 from superweights.model.loading import LoadedModel, scale_weight
 from superweights.quantization.held_out import rounded
 
-WeightEdit = ScaleWeights | PruneLargest | QuantizeWeights
+WeightEdit = ScaleWeights | PruneLargest | QuantizeWeights | LoadWeights
 """The interventions that change weights."""
 _Shapes = Mapping[str, tuple[int, ...]]
 _Locate = Callable[[Coordinate], tuple[str, tuple[int, ...]]]
@@ -109,7 +110,33 @@ class _Quantize:
         matrix.copy_(found.t() if self.matrix.transposed else found)
 
 
-_Step = _Scale | _Prune | _Quantize
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """Takes a tensor from elsewhere."""
+
+    how: LoadWeights
+    tensor: str
+    kept: tuple[tuple[int, ...], ...]
+    """Where it keeps its own values, as stored."""
+    count: int
+
+    def apply(self, tensor: torch.Tensor) -> None:
+        """Edits a tensor in place."""
+        found = self.how.read(self.tensor)
+        if found is None:
+            return
+        if found.shape != tensor.shape:
+            raise UsageError(
+                f"Loading {self.tensor} from {self.how.source}: it has the shape {list(found.shape)} there and "
+                f"{list(tensor.shape)} here. Are these two forms of one model?"
+            )
+        own = [tensor[index].clone() for index in self.kept]
+        tensor.copy_(found)
+        for index, value in zip(self.kept, own, strict=True):
+            tensor[index] = value
+
+
+_Step = _Scale | _Prune | _Quantize | _Load
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,6 +331,14 @@ def _plan(
             for tensor, part, step in _prunes(each, shapes, locate, name):
                 steps[tensor][part].append(step)
             continue
+        if isinstance(each, LoadWeights):
+            kept: defaultdict[str, list[tuple[int, ...]]] = defaultdict(list)
+            for coordinate in each.keep:
+                tensor, index = locate(coordinate)
+                kept[tensor].append(index)
+            for tensor, shape in shapes.items():
+                steps[tensor][None].append(_Load(each, tensor, tuple(kept[tensor]), prod(shape)))
+            continue
         if isinstance(each, QuantizeWeights):
             matrices = stored_matrices(shapes, shapes, config)
             for tensor, part, rounding in _quantizations(each, matrices, locate, name):
@@ -414,7 +449,7 @@ def _parameters_edited(model: LoadedModel, plan: EditPlan) -> Iterator[None]:
             for part, steps in parts.items():
                 matrix = _matrix(parameter, part)
                 for step in steps:
-                    if isinstance(step, _Quantize):
+                    if isinstance(step, _Quantize | _Load):
                         undone.append(partial(matrix.copy_, matrix.clone()))
                         step.apply(matrix)
                     else:

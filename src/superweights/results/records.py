@@ -21,7 +21,7 @@ from pydantic import (
 
 from superweights.coordinates import Coordinate
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """The version this package writes; it reads this one and every older one."""
 
 _NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
@@ -316,6 +316,45 @@ class VerdictRecord(_Line):
     """The verdict in a sentence."""
 
 
+class AuditRecord(_Line):
+    """What a quantizer did to one weight, read from the quantized files."""
+
+    type: Literal["audit"] = "audit"
+    coordinate: str
+    """The weight."""
+    tensor: str
+    """Name of the matrix that holds it."""
+    format: str
+    """How the quantized files store it; "plain" where it is not packed."""
+    bits: Number
+    """Bits of a stored code."""
+    original: Number | None
+    """Its value before; None where it is not known."""
+    stored: Number
+    """The value that the quantized files give."""
+    column_scale: Number
+    """What the quantizer multiplied the whole column by (as AWQ does), taken out of `error`; 1 where it did not."""
+    error: Number | None
+    """stored / (column_scale * original) - 1; None where the original is not known."""
+    error_steps: Number | None
+    """stored - column_scale * original, in steps of the grid at the weight; None for plain weights."""
+    clipped: bool | None
+    """Whether it is at the end of its grid, below its own size; None where the original is not known."""
+    block_error: Number | None
+    """Root mean square error of the other weights that share its scale, over the root mean square of those weights."""
+    block_size: Count
+    """How many weights share its scale."""
+    verdict: Literal["kept", "bent", "lost", "unknown"]
+    """Within 5 % of its value; within a half; beyond; or the original is not known."""
+    reason: str
+    """The verdict in a sentence."""
+
+    @model_validator(mode="after")
+    def _check_coordinate(self) -> Self:
+        Coordinate.parse(self.coordinate)
+        return self
+
+
 Record = (
     PromptRecord
     | ActivationPeakRecord
@@ -325,6 +364,7 @@ Record = (
     | NoteRecord
     | MeasurementRecord
     | VerdictRecord
+    | AuditRecord
 )
 """Any line of a result file but the first."""
 
