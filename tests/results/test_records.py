@@ -48,10 +48,11 @@ def records(draw: st.DrawFn) -> Record:
     if record_class is CandidateRecord:
         expert = "" if fields["expert"] is None else f"/{fields['expert']}"
         fields["coordinate"] = f"{fields['layer']}{expert}:{fields['row']}:{fields['col']}"
-    if record_class is AuditRecord:
-        fields["coordinate"] = "2/1:3:4"
         fields["rank"], fields["matrix_size"] = fields["rank"] + 1, fields["matrix_size"] + 1
         fields["persistence"] = draw(st.none() | st.floats(0, 1))
+    if record_class is AuditRecord:
+        fields["coordinate"] = "2/1:3:4"
+        fields["block_size"] += 1
     return record_class(**fields)
 
 
