@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from superweights.quantization import packing
 from superweights.quantization.packing import pack, packed_cols, unpack
 
 BITS = range(2, 9)
@@ -64,6 +65,15 @@ def test_codes_that_lie_across_or_inside_others(bits, dtype):
     for same in (codes.to(dtype).t().contiguous().t(), wide[:, 1:17], flat[1:].view(3, 16)):
         assert torch.equal(same.long(), codes)
         assert torch.equal(pack(same, bits), expected)
+
+
+@pytest.mark.parametrize("piece", [1, 50, 100])
+@pytest.mark.parametrize("bits", BITS)
+def test_the_size_of_a_piece_changes_nothing(bits, piece, monkeypatch):
+    codes = codes_of(7, 24, bits)
+    expected = pack(codes, bits)
+    monkeypatch.setattr(packing, "_PIECE", piece)
+    assert torch.equal(pack(codes, bits), expected)
 
 
 @pytest.mark.parametrize("bits", BITS)

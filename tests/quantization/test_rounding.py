@@ -192,7 +192,9 @@ def test_the_matrix_is_only_read(dtype, text):
 
 
 @pytest.mark.parametrize("clip", CLIPS)
-def test_no_clip_writes_into_the_matrix(clip):
+@pytest.mark.parametrize("piece", [1 << 18, 10])
+def test_no_clip_writes_into_the_matrix(piece, clip, monkeypatch):
+    monkeypatch.setattr(rounding, "_PIECE", piece)
     matrix = normal()
     for text in ("int4-row", "nf4-tensor", "int4-g2-minmax"):
         quantize(matrix, Scheme.parse(text), clip=Clip.parse(clip))
@@ -354,6 +356,17 @@ def test_an_infinite_weight_beyond_the_first_piece_is_seen(monkeypatch):
     matrix[3, 7] = torch.inf
     with pytest.raises(NonFiniteWeightsError, match="1 weight is"):
         quantize(matrix, Scheme.parse("int4-tensor"), clip=Clip("tensor-fraction", 0.1))
+
+
+def test_scales_among_the_least_numbers_of_float16():
+    """Rounded to them, a scale may be a third too small, and codes end where the grid does; or nothing, and so are codes."""
+    unit = 2.0**-24
+    matrix = torch.tensor([[10.0, -10.0, 2.0, -1.0], [1.0, -1.0, 0.0, 1.0]], dtype=torch.float64).mul(unit).half()
+    found = quantize(matrix, Scheme.parse("int4-row"))
+    assert (found.grids.scales / unit).tolist() == [1, 0]
+    assert found.codes.tolist() == [[7, -7, 2, -1], [0, 0, 0, 0]]
+    for text in ("int4-row-asym", "nf4-row"):
+        assert quantize(matrix, Scheme.parse(text)).dequantized().abs().max() <= 16 * unit
 
 
 def test_a_scale_that_does_not_fit_is_no_damage():

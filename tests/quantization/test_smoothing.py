@@ -25,8 +25,8 @@ def test_equation_4(activation_sizes, weight_sizes, alpha):
 
 
 def test_the_paper_of_super_weights_takes_0_85():
-    found = smoothing_factors(torch.tensor([100.0]), torch.tensor([0.01]))
-    assert found.item() == pytest.approx(math.exp(0.85 * math.log(100) - 0.15 * math.log(0.01)), rel=1e-5)
+    found = smoothing_factors(torch.tensor([100.0]), torch.tensor([0.5]))
+    assert found.item() == pytest.approx(math.exp(0.85 * math.log(100) - 0.15 * math.log(0.5)), rel=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.85, 1.0])

@@ -25,7 +25,7 @@ from superweights.cli.quantize_tables import show_measured, show_written
 from superweights.cli.text_options import DEFAULT_TEXT_OPTIONS, TextOptions, open_windows
 from superweights.cli.weights_option import weights_of
 from superweights.coordinates import Coordinate
-from superweights.errors import UsageError
+from superweights.errors import UnknownNameError, UsageError
 from superweights.progress import RichProgress
 from superweights.quantization.scheme import Scheme
 from superweights.results.records import NoteRecord, Record, Run
@@ -73,6 +73,11 @@ class QuantizeSettings:
     """What --compare compares: of rtn, clip, clip+keep, keep, paper, largest."""
     largest: int = 0
     """How many weights of every matrix the method largest keeps; by default as many as there are super weights."""
+    peers: Annotated[str | None, Parameter(metavar="NAMES")] = None
+    """Quantize by other packages as well, with --measure or --compare, in 4 bits: of torchao, bitsandbytes, hqq, quanto,
+    llmcompressor-rtn, llmcompressor-gptq, llmcompressor-awq, gptqmodel-rtn, gptqmodel-gptq, auto-round-rtn, auto-round,
+    gguf-q4_0. Each
+    has to be installed, best in an environment of its own; those that are calibrated are so on the last windows."""
     activations: bool = False
     """The paper's tables 3 to 5: weights and activations in 8 bits, plain, by SmoothQuant, and with super activations kept."""
     budget: Annotated[str | None, Parameter(metavar="BITS")] = None
@@ -177,6 +182,8 @@ def _check(settings: QuantizeSettings) -> None:
         )
     if settings.tasks and not settings.measures:
         raise UsageError("--tasks measures: add --measure, --compare or --activations.")
+    if settings.peers and not (settings.measure or settings.compare):
+        raise UsageError("--peers are measured beside ours: add --measure or --compare.")
     if settings.plot is not None and not settings.measures:
         raise UsageError("--plot draws what was measured: add --measure, --compare or --activations.")
 
@@ -359,15 +366,37 @@ def _measure(
         comparison = Comparison(
             schemes, tuple(settings.methods.split(",")), clip or DEFAULT_CLIP, settings.largest, settings.amplify
         )
+        made_of = conditions_of(comparison, weights)  # a wrong name shows before a peer starts
+        peers, windows = _peer_records(loaded, settings, windows)
         records += compare_weight_quantization(loaded, windows, weights, comparison, progress=progress)
-        records += task_records(loaded, settings, conditions_of(comparison, weights), progress)
+        records += peers
+        records += task_records(loaded, settings, made_of, progress)
         return
+    peers, windows = _peer_records(loaded, settings, windows)
     plain = Condition(f"{schemes[0]}, rtn", (replace(how[0], clip=None, keep=(), amplify=1.0, only=None),))
     made = Condition(_name(settings, schemes[0], weights, clip), how)
     conditions_made = [ORIGINAL, plain] if made.interventions == plain.interventions else [ORIGINAL, plain, made]
     records += evaluate(loaded, windows, conditions_made, progress=progress).records()
     records += (bits_record(loaded, each) for each in conditions_made[1:])
+    records += peers
     records += task_records(loaded, settings, conditions_made, progress)
+
+
+def _peer_records(
+    loaded: "LoadedModel", settings: QuantizeSettings, windows: "Windows"
+) -> "tuple[list[Record], Windows]":
+    """What other packages' models score, and the windows that none of them was calibrated on."""
+    from superweights.experiments.activation_quantization import split_windows
+    from superweights.integrations.peers import PEERS, peer_records
+
+    names = settings.peers.split(",") if settings.peers else []
+    for name in names:
+        if name not in PEERS:
+            raise UnknownNameError.among("peer", name, PEERS)
+    if not names:
+        return [], windows
+    scored, calibration = split_windows(windows)
+    return [record for name in names for record in peer_records(name, loaded, scored, calibration)], scored
 
 
 def _name(settings: QuantizeSettings, scheme: Scheme, weights: Sequence[Coordinate], clip: "Clip | None") -> str:

@@ -61,13 +61,18 @@ class Evaluation:
 
     def records(self) -> Iterator[MeasurementRecord]:
         """Perplexity of every condition; ratio, KL and agreement of every edited one."""
-        for number, condition in enumerate(self.conditions):
-            yield self._record(condition, "perplexity", "1", perplexity(self.nll(condition)))
-            if number:
-                agreement = self.scores.agreement[number].tolist()
-                yield self._record(condition, "perplexity_ratio", "1", self.ratio(condition))
-                yield self._record(condition, "kl_to_original", "nats per token", self.kl(condition))
-                yield self._record(condition, "top1_agreement", "proportion", mean_interval(agreement, bounds=(0, 1)))
+        for condition in self.conditions:
+            yield from self.records_of(condition)
+
+    def records_of(self, condition: Condition) -> Iterator[MeasurementRecord]:
+        """Those of one condition."""
+        yield self._record(condition, "perplexity", "1", perplexity(self.nll(condition)))
+        number = self.conditions.index(condition)
+        if number:
+            agreement = self.scores.agreement[number].tolist()
+            yield self._record(condition, "perplexity_ratio", "1", self.ratio(condition))
+            yield self._record(condition, "kl_to_original", "nats per token", self.kl(condition))
+            yield self._record(condition, "top1_agreement", "proportion", mean_interval(agreement, bounds=(0, 1)))
 
     def _record(self, condition: Condition, name: str, unit: str, value: Interval) -> MeasurementRecord:
         return measurement(

@@ -9,7 +9,7 @@ best installed in an environment of its own, beside superweights.
 # mypy: disable-error-code="import-not-found"
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -22,10 +22,13 @@ import torch
 from torch import nn
 
 from superweights.errors import ModelError, UnknownNameError, UsageError
-from superweights.experiments.evaluation import TOKENS_PER_PASS
+from superweights.experiments.evaluation import TOKENS_PER_PASS, Evaluation, evaluate_in_parts, measurement
+from superweights.interventions.conditions import ORIGINAL, Condition, LoadWeights
+from superweights.measurements.intervals import Interval
 from superweights.measurements.scores import Scores, score_states
 from superweights.measurements.windows import DEFAULT_LENGTH, Windows
 from superweights.model.loading import LoadedModel
+from superweights.results.records import MeasurementRecord
 
 GROUP = 128
 """Weights of a row that share a scale, where the package lets us choose."""
@@ -161,6 +164,30 @@ def score_peer(peer: nn.Module, original: LoadedModel, windows: Windows) -> Scor
             for ids in torch.split(windows.ids, rows)
         ]
     return Scores.joined(parts, dim=1)
+
+
+def peer_records(
+    name: str, original: LoadedModel, windows: Windows, calibration: torch.Tensor
+) -> Iterator[MeasurementRecord]:
+    """Perplexity, KL, agreement and bits per weight of what a peer makes of a model.
+
+    Args:
+        name: which of `PEERS`.
+        original: the model, from a local directory.
+        windows: the text that is scored.
+        calibration: token ids [texts, tokens] of other text.
+
+    Raises:
+        UnknownNameError, UsageError, ModelError: see `quantized_by` and `score_peer`.
+    """
+    peer = PEERS[name]
+    made = quantized_by(name, original, calibration=calibration)
+    condition = Condition(f"{name}, peer", (LoadWeights(f"{peer.package}: {peer.does}", lambda _: None),))
+    before = Scores.joined(list(evaluate_in_parts(original, windows, [ORIGINAL])), dim=1)
+    scores = Scores.joined([before, score_peer(made, original, windows)], dim=0)
+    yield from Evaluation((ORIGINAL, condition), scores, windows).records_of(condition)
+    bits = Interval(peer.bits_per_weight, 0.0, peer.bits_per_weight, peer.bits_per_weight, 1)
+    yield measurement("bits_per_weight", bits, unit="bits", condition=condition)
 
 
 def _directory(model: LoadedModel | Path) -> Path:

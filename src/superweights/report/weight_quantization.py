@@ -8,7 +8,7 @@ from typing import Any
 
 import altair as alt
 
-from superweights.errors import UsageError
+from superweights.errors import UnknownNameError, UsageError
 from superweights.quantization.scheme import Scheme
 from superweights.report.appearance import (
     COLORS,
@@ -83,7 +83,10 @@ def _parts(each: MeasurementRecord) -> tuple[str, str]:
 
 
 def _is_a_series(schemes: Sequence[str]) -> bool:
-    parsed = [Scheme.parse(each) for each in schemes]
+    try:
+        parsed = [Scheme.parse(each) for each in schemes]
+    except UnknownNameError:  # what another package made
+        return False
     alike = {(each.kind, each.bits, each.sharing, each.offset) for each in parsed}
     return len(parsed) > 1 and len(alike) == 1 and parsed[0].sharing not in ("tensor", "row")
 
