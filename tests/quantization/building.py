@@ -12,7 +12,7 @@ from superweights.quantization.scheme import Scheme
 ROWS, COLS = 4, 8
 SHARINGS = ["tensor", "row", "g2", "g8", "block16", "block2x4", "block3x5", "tile2x4", "tile4x1", "tile4x8"]
 """block3x5 does not divide 4 x 8: one scale for all of it."""
-OFFSETS = ["", "-asym", "-minmax"]
+OFFSETS = ["", "-signed", "-asym", "-minmax"]
 SCHEMES = [
     *[f"int4-{sharing}{offset}" for sharing in SHARINGS for offset in OFFSETS],
     *[f"int{bits}-row{offset}" for bits in (2, 3, 5, 6, 7, 8) for offset in OFFSETS],

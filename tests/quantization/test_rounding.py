@@ -54,6 +54,8 @@ def loop_grid(group: list[float], scheme: Scheme, dtype: torch.dtype) -> tuple[F
     low, high = F(min(group)), F(max(group))
     if scheme.offset == "sym":
         return stored(max(-low, high) / F(top_of(scheme)), dtype), None
+    if scheme.offset == "signed":
+        return stored((low if -low > high else high) / F(-top_of(scheme) - 1), dtype), None
     if scheme.offset == "minmax":
         return (high - low) / F(steps_of(scheme)), low
     low, high = min(low, F(0)), max(high, F(0))
@@ -73,6 +75,8 @@ def loop_values(weight: float, scale: F, offset: F | None, scheme: Scheme) -> se
     codes = [F(round(place - TIE)), F(round(place + TIE))]
     if scheme.offset == "sym":
         return {float(np.clip(code, -top_of(scheme), top_of(scheme)) * scale) for code in codes}
+    if scheme.offset == "signed":
+        return {float(np.clip(code, -top_of(scheme) - 1, top_of(scheme)) * scale) for code in codes}
     if scheme.offset == "asym":
         return {float((np.clip(code + offset, 0, steps_of(scheme)) - offset) * scale) for code in codes}
     return {float(np.clip(code, 0, steps_of(scheme)) * scale + offset) for code in codes}
@@ -122,10 +126,12 @@ def test_no_weight_moves_by_more_than_half_a_step(matrix, text, scale_dtype):
     low, high = groups.amin(1), groups.amax(1)
     if scheme.offset == "asym":
         low, high = low.clamp(max=0), high.clamp(min=0)
-    steps = top_of(scheme) if scheme.offset == "sym" else steps_of(scheme)
-    exact = (torch.maximum(-low, high) if scheme.offset == "sym" else high - low) / steps
+    steps = {"sym": top_of(scheme), "signed": top_of(scheme) + 1}.get(scheme.offset, steps_of(scheme))
+    exact = (torch.maximum(-low, high) if scheme.offset in ("sym", "signed") else high - low) / steps
+    scales = scales.abs()
+    gap = widest_gap(scheme) * (2 if scheme.offset == "signed" else 1)  # its upper end lies a step below the largest
     # All codes together move by what the scale lost when it was stored; then some roundings of float32.
-    bound = widest_gap(scheme) / 2 * scales + steps * (scales - exact).abs() + 1e-6 * groups.abs().amax(1)
+    bound = gap / 2 * scales + steps * (scales - exact).abs() + 1e-6 * groups.abs().amax(1)
     assert ((values - groups).abs() <= bound[:, None]).all()
 
 
@@ -134,10 +140,10 @@ def test_no_weight_moves_by_more_than_half_a_step(matrix, text, scale_dtype):
 def test_codes_fit_in_their_bits(matrix, text):
     scheme = Scheme.parse(text)
     codes = quantize(matrix, scheme).codes
-    wide = scheme.bits == 8 and scheme.offset != "sym"
+    wide = scheme.bits == 8 and scheme.offset in ("asym", "minmax")
     assert codes.dtype == (torch.int16 if wide else torch.int8)
-    integers = scheme.kind == "int" and scheme.offset == "sym"
-    least, most = (-top_of(scheme), top_of(scheme)) if integers else (0, steps_of(scheme))
+    ends = {"sym": (-top_of(scheme), top_of(scheme)), "signed": (-top_of(scheme) - 1, top_of(scheme))}
+    least, most = ends.get(scheme.offset if scheme.kind == "int" else "", (0, steps_of(scheme)))
     assert least <= codes.min()
     assert codes.max() <= most
 
@@ -151,6 +157,8 @@ def test_the_ends_of_the_grid_are_used(text):
             assert 0 in group or steps_of(scheme) in group
         elif scheme.offset == "sym":
             assert max(map(abs, group)) == top_of(scheme)
+        elif scheme.offset == "signed":
+            assert min(group) == -top_of(scheme) - 1
         elif scheme.offset == "minmax":
             assert (min(group), max(group)) == (0, steps_of(scheme))
 
@@ -213,7 +221,7 @@ def test_the_size_of_a_piece_changes_nothing(text, piece, monkeypatch):
         cut = quantize(matrix, scheme, clip=clip)
         assert same_bits(cut.codes, whole.codes)
         assert same_bits(cut.grids.scales, whole.grids.scales)
-        assert (whole.grids.offsets is None) == (scheme.offset == "sym")
+        assert (whole.grids.offsets is None) == (scheme.offset in ("sym", "signed"))
         assert whole.grids.offsets is None or same_bits(cut.grids.offsets, whole.grids.offsets)
         assert same_bits(cut.dequantized(), values)
 

@@ -17,7 +17,7 @@ SHAPES = st.one_of(
 )
 
 
-@given(st.integers(2, 8), SHAPES, st.sampled_from(["sym", "asym", "minmax"]))
+@given(st.integers(2, 8), SHAPES, st.sampled_from(["sym", "signed", "asym", "minmax"]))
 def test_a_scheme_of_integers_comes_back_from_its_text(bits, shape, offset):
     scheme = Scheme("int", bits, *shape, offset)
     assert Scheme.parse(str(scheme)) == scheme

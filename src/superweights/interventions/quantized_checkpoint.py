@@ -155,7 +155,7 @@ def plan_quantized_checkpoint(checkpoint: Checkpoint, how: Sequence[QuantizeWeig
 def _check_packable(checkpoint: Checkpoint, how: QuantizeWeights) -> None:
     fault = None
     if how.scheme.kind != "int" or how.scheme.sharing not in _ZERO_POINT_SHARES or how.scheme.offset == "minmax":
-        fault = "packed are int2 to int8, each row or group with its own scale, sym or asym, such as int4-g128"
+        fault = "packed are int2 to int8, each row or group with its own scale, sym, signed or asym, such as int4-g128"
     elif how.largest:
         fault = "kept weights leave their whole matrix unpacked, so the largest of every matrix cannot be kept"
     elif how.factors:
@@ -197,7 +197,7 @@ def packed_tensors(quantized: Quantized) -> list[torch.Tensor]:
     """A quantized matrix as compressed-tensors stores it: packed codes, scales, shape, and zero points of asymmetric grids.
 
     Args:
-        quantized: by rows or groups of rows, sym or asym; its codes are used up.
+        quantized: by rows or groups of rows, sym, signed or asym; its codes are used up.
 
     Returns:
         int32 [rows, words]; scales [rows, groups]; int64 [2]; for asym int32 [words, groups], packed along rows.
@@ -205,7 +205,7 @@ def packed_tensors(quantized: Quantized) -> list[torch.Tensor]:
     rows, cols = quantized.shape
     scheme = quantized.scheme
     codes = quantized.codes.view(rows, cols)
-    if scheme.offset == "sym":
+    if scheme.offset != "asym":
         codes = codes.view(torch.uint8).add_(1 << (scheme.bits - 1))  # wraps, as int8 did
     tensors = [
         pack(codes, scheme.bits),
@@ -272,7 +272,7 @@ def _arguments(scheme: Scheme) -> dict[str, Any]:
     return {
         "num_bits": scheme.bits,
         "type": "int",
-        "symmetric": scheme.offset == "sym",
+        "symmetric": scheme.offset != "asym",
         "strategy": "group" if scheme.sharing == "group" else "channel",
         "group_size": scheme.size[1] if scheme.sharing == "group" else None,
         "dynamic": False,

@@ -71,7 +71,8 @@ def applied(model: LoadedModel, condition: Condition) -> Iterator[None]:
     on_weights = [
         each
         for each in steps
-        if isinstance(each, PruneLargest | QuantizeWeights | LoadWeights) or (isinstance(each, ScaleWeights) and not in_rows)
+        if isinstance(each, PruneLargest | QuantizeWeights | LoadWeights)
+        or (isinstance(each, ScaleWeights) and not in_rows)
     ]
     others = tuple(each for each in steps if each not in on_weights and not isinstance(each, QuantizeActivations))
     with ExitStack() as stack:

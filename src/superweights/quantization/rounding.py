@@ -29,7 +29,7 @@ class Grids:
     scales: torch.Tensor
     """What a step of a code is worth, in the dtype in which it is stored; of minmax, which no file stores, float32."""
     offsets: torch.Tensor | None = None
-    """asym: the code of zero, int16. minmax: the value of code zero, float32. None for symmetric grids."""
+    """asym: the code of zero, int16. minmax: the value of code zero, float32. None for sym and signed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,8 @@ class Quantized:
     shape: tuple[int, int]
     """Rows and cols."""
     codes: torch.Tensor
-    """int16 [groups, size] for 8 bits with an offset, else int8. sym: signed steps; asym, minmax: 0 to 2^bits - 1; nf: place
-    in `normal_float(bits)`."""
+    """int16 [groups, size] for 8 bits with an offset, else int8. sym and signed: steps with a sign; asym and minmax: 0 to
+    2^bits - 1; nf: place in `normal_float(bits)`."""
     grids: Grids
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -183,7 +183,7 @@ def normal_float(bits: int) -> torch.Tensor:
 
 
 def _code_dtype(scheme: Scheme) -> torch.dtype:
-    return torch.int16 if scheme.bits == 8 and scheme.offset != "sym" else torch.int8
+    return torch.int16 if scheme.bits == 8 and scheme.offset in ("asym", "minmax") else torch.int8
 
 
 def _pieces(groups: torch.Tensor) -> Iterator[tuple[slice, slice]]:
@@ -205,6 +205,9 @@ def _grids(low: torch.Tensor, high: torch.Tensor, scheme: Scheme, scale_dtype: t
         largest = torch.maximum(-low, high)
         top = 1 if scheme.kind == "nf" else (1 << (scheme.bits - 1)) - 1
         return Grids((largest / top).to(scale_dtype))
+    if scheme.offset == "signed":
+        extreme = torch.where(-low > high, low, high)
+        return Grids((extreme / -(1 << (scheme.bits - 1))).to(scale_dtype))
     if scheme.offset == "minmax":
         return Grids((high - low) / steps, low)
     low, high = low.clamp(max=0), high.clamp(min=0)
@@ -231,7 +234,8 @@ def _round(weights: torch.Tensor, grids: Grids, scheme: Scheme, codes: torch.Ten
     steps = (1 << scheme.bits) - 1
     if grids.offsets is None:
         top = steps // 2
-        codes.copy_(weights.div_(scales).round_().clamp_(-top, top))
+        bottom = -top if scheme.offset == "sym" else -top - 1
+        codes.copy_(weights.div_(scales).round_().clamp_(bottom, top))
     elif scheme.offset == "asym":
         codes.copy_(weights.div_(scales).round_().add_(grids.offsets[:, None]).clamp_(0, steps))
     else:

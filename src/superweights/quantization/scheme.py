@@ -11,21 +11,23 @@ from superweights.errors import UnknownNameError, UsageError
 
 Kind = Literal["int", "nf"]
 Sharing = Literal["tensor", "row", "group", "block", "tile"]
-Offset = Literal["sym", "asym", "minmax"]
+Offset = Literal["sym", "signed", "asym", "minmax"]
 
 SCHEME_HELP = (
     "int2 to int8, nf3 or nf4; then what shares a scale: -tensor, -row, -gN (N weights of a row), -blockN or -blockRxC (the "
-    "paper's: that many consecutive weights), -tileRxC (true two-dimensional tiles); then -asym (integer zero point) or "
-    "-minmax (the paper's: from the least to the largest weight)"
+    "paper's: that many consecutive weights), -tileRxC (true two-dimensional tiles); then -signed (all 2^bits values: the sign "
+    "of the scale puts the largest |weight| at the lowest), -asym (integer zero point) or -minmax (the paper's: from the least "
+    "to the largest weight)"
 )
 """What can be written, for help and messages."""
 _TEXT = re.compile(
     r"(?P<kind>int|nf)(?P<bits>\d)-(?:(?P<whole>tensor|row)|g(?P<group>\d+)|(?P<shape>block|tile)(?P<first>\d+)(?:x(?P<second>\d+))?)"
-    r"(?:-(?P<offset>sym|asym|minmax))?"
+    r"(?:-(?P<offset>sym|signed|asym|minmax))?"
 )
 _COMMON = (
-    "int4-g128", "int4-g64", "int4-g32", "int4-g128-asym", "int4-row", "int4-tensor", "int4-block512x512-minmax",
-    "int4-tile128x128", "int8-row", "int8-tensor", "int8-g128", "int3-g128", "int2-g64", "nf4-g64", "nf3-g64",
+    "int4-g128", "int4-g128-signed", "int4-g64", "int4-g32", "int4-g128-asym", "int4-row", "int4-tensor",
+    "int4-block512x512-minmax", "int4-tile128x128", "int8-row", "int8-tensor", "int8-g128", "int3-g128", "int2-g64",
+    "nf4-g64", "nf3-g64",
 )  # fmt: skip
 
 
@@ -51,8 +53,10 @@ class Scheme:
     weights, row by row."""
     offset: Offset = "sym"
     """sym: the grid is symmetric about 0, from -(2^(bits-1) - 1) to 2^(bits-1) - 1 steps, so the largest |weight| is on it.
-    asym: 2^bits values from the least to the largest weight (and 0 among them), with an integer zero point. minmax: the same
-    without rounding the zero point, as in the paper's code; no file format holds it."""
+    signed: from -2^(bits-1) to 2^(bits-1) - 1 steps; the scale has the sign that puts the largest |weight| at the lowest, as in
+    llama.cpp's Q4_0, and steps are smaller (an eighth at 4 bits). asym: 2^bits values from the least to the largest weight (and
+    0 among them), with an integer zero point. minmax: the same without rounding the zero point, as in the paper's code; no file
+    format holds it."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -107,7 +111,7 @@ class Scheme:
             >>> Scheme.parse("int4-g128").bits_per_weight(4096, 4096)
             4.125
         """
-        offset_bits = {"sym": 0, "asym": self.bits, "minmax": scale_bits}[self.offset]
+        offset_bits = {"sym": 0, "signed": 0, "asym": self.bits, "minmax": scale_bits}[self.offset]
         return self.bits + (scale_bits + offset_bits) / self.weights_per_scale(rows, cols)
 
     def fault(self, rows: int, cols: int) -> str | None:
