@@ -1,4 +1,7 @@
-"""Scores of quantized models against plain formulas, and, where their packages are installed, the peers themselves."""
+"""Scores of quantized models against plain formulas, and, where their packages are installed, the peers themselves.
+
+In the environment of a peer: `pytest -W ignore tests/integrations/test_peers.py`, as some packages warn when they are imported.
+"""
 
 import sys
 from pathlib import Path
@@ -141,14 +144,12 @@ def test_a_peer_with_other_modules_is_refused(original, windows):
         score_peer(torch.nn.Linear(2, 2), original, windows)
 
 
-@pytest.mark.filterwarnings("ignore")  # their own
 @pytest.mark.parametrize("peer", PEERS.values(), ids=PEERS)
 def test_a_peer_quantizes_a_little(peer, original, windows):
     """Every peer changes the decoder layers by what 4 bits cost, and leaves embedding and head alone."""
     pytest.importorskip(peer.module, reason=f"a peer, in an environment of its own: pip install {peer.package}")
-    made = quantized_by(
-        peer.name, TINY_BOOKS, calibration=original.tokenizer.encode("a b c " * 64, return_tensors="pt")
-    )
+    others = sw.open_windows(original, windows=21, length=40).ids[len(windows.ids) :]  # not what is scored
+    made = quantized_by(peer.name, TINY_BOOKS, calibration=others)
     scores = score_peer(made, original, windows)
     assert 0.001 < scores.kl_nats.mean() < 0.2
     assert scores.agreement.mean() > 0.6

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from superweights.checkpoint.checkpoint import Checkpoint
 from superweights.checkpoint.copying import check_target, copy_small_files, put_in_place, sync_folder
 from superweights.checkpoint.dtypes import STORAGE_TYPES
+from superweights.checkpoint.mapped import MappedFile
 from superweights.errors import RecordError, UsageError
 from superweights.progress import NO_PROGRESS, Progress
 
@@ -66,6 +67,7 @@ def convert_checkpoint(
     replacements: Mapping[str, Replacement],
     *,
     files: Mapping[str, str],
+    recipe: str = "",
     overwrite: bool = False,
     threads: int | None = None,
     progress: Progress = NO_PROGRESS,
@@ -76,8 +78,9 @@ def convert_checkpoint(
         checkpoint: the model; its own files are only read.
         to: the new folder.
         replacements: what replaces tensors, by their names; all others are copied.
-        files: texts of further files by name, such as config.json; they replace the model's own. With the checkpoint they say
-            what is being made: a run is resumed where these are the same.
+        files: texts of further files by name, such as config.json; they replace the model's own. With the checkpoint and the
+            recipe they say what is being made: a run is resumed where these are the same.
+        recipe: what `files` do not tell of how tensors are made.
         overwrite: whether a model that is at `to` already may be replaced.
         threads: tensors worked on at once; default: one per core.
         progress: hears about each tensor.
@@ -86,25 +89,26 @@ def convert_checkpoint(
         Bytes of the new weight files.
 
     Raises:
-        UsageError: `to` is taken, or lies in the model's own folder or around it.
+        UsageError: `to` is taken, or lies in the model's own folder or around it, or what lies where an interrupted run would
+            leave its rest is not one.
         RecordError: the new files cannot be written. What was at `to` is still there, and nothing else is.
         CheckpointError: the model's bytes cannot be had, or not be made into what is asked.
     """
     target = Path(to).expanduser().resolve()
     check_target(checkpoint, target, overwrite=overwrite)
     folder = target.with_name(f".{target.name}.partial")
+    _check_rest(folder)
     shards = {name: _Shard.of(checkpoint, name, replacements) for name in checkpoint.files}
     progress.start("writing", total=len(checkpoint.tensors), unit="tensors")
     try:
-        _begin(folder, _identity(checkpoint, shards, files))
-        with _threads(threads) as pool:
-            for name, shard in shards.items():
-                _fill(checkpoint, shard, folder / name, pool, progress)
+        _begin(folder, _identity(checkpoint, shards, files, recipe))
+        for name, shard in shards.items():
+            _fill(checkpoint, shard, folder / name, threads, progress)
         copy_small_files(checkpoint.directory, folder, but=files)
         _write_texts(checkpoint, folder, shards, files)
-        (folder / _IDENTITY).unlink()
         for each in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
             sync_folder(each)
+        (folder / _IDENTITY).unlink()  # so late that an interruption before finds it
         put_in_place(folder, target)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
@@ -164,21 +168,29 @@ def _same(checkpoint: Checkpoint, name: str) -> NewTensor:
     return NewTensor(name, entry.dtype, entry.shape)
 
 
-def _identity(checkpoint: Checkpoint, shards: Mapping[str, _Shard], files: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(
-        repr((checkpoint.digest, str(checkpoint.directory.resolve()), sorted(files.items()))).encode()
-    )
+def _identity(checkpoint: Checkpoint, shards: Mapping[str, _Shard], files: Mapping[str, str], recipe: str) -> str:
+    # The checkpoint's digest is of its headers. Other values show by a file's time, or by the name of a remote file's copy.
+    versions = [
+        file.path.stat().st_mtime_ns if type(file) is MappedFile else file.path.name
+        for file in checkpoint.files.values()
+    ]
+    source = (checkpoint.digest, str(checkpoint.directory.resolve()), versions)
+    digest = hashlib.sha256(repr((source, sorted(files.items()), recipe)).encode())
     for shard in shards.values():
         digest.update(shard.header)
     return digest.hexdigest()
+
+
+def _check_rest(folder: Path) -> None:
+    """Refuses a folder that no run left behind."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / _IDENTITY).is_file():
+        raise UsageError(f"{folder} is not a folder of an interrupted run. Move it away, or give another target.")
 
 
 def _begin(folder: Path, identity: str) -> None:
     """Makes the folder, or keeps what the same run left in it."""
     if folder.is_dir():
         named = folder / _IDENTITY
-        if not named.is_file() and any(folder.iterdir()):
-            raise UsageError(f"{folder} is not a folder of an interrupted run. Move it away, or give another target.")
         if named.is_file() and named.read_text() == identity:
             return
         shutil.rmtree(folder)
@@ -207,7 +219,7 @@ class _threads:
         torch.set_num_threads(torch.get_num_threads())
 
 
-def _fill(checkpoint: Checkpoint, shard: _Shard, path: Path, pool: ThreadPoolExecutor, progress: Progress) -> None:
+def _fill(checkpoint: Checkpoint, shard: _Shard, path: Path, threads: int | None, progress: Progress) -> None:
     if path.exists():  # whole: it got its name when it was on the disk
         progress.advance(len(shard.sources))
         return
@@ -216,7 +228,8 @@ def _fill(checkpoint: Checkpoint, shard: _Shard, path: Path, pool: ThreadPoolExe
     with growing.open("wb") as file:
         _reserve(file.fileno(), shard.nbytes)
         _write_at(file.fileno(), shard.header, 0)
-        with ThreadPoolExecutor(1, "superweights-sync") as disk:  # the disk writes while the cores round
+        # The disk writes while the cores round. Both wait for their threads: none may write once the file is closed.
+        with ThreadPoolExecutor(1, "superweights-sync") as disk, _threads(threads) as pool:
             unsynced, syncing = 0, disk.submit(os.fsync, file.fileno())
             for nbytes in pool.map(partial(_convert, checkpoint, shard, file.fileno()), shard.sources):
                 progress.advance(nbytes=nbytes)

@@ -21,6 +21,8 @@ from superweights.errors import QuantizedCheckpointError
 _PLAIN = ("F32", "F16", "BF16")
 _ROUTER = re.compile(r"(?:^|\.)(?:gate|router|router\.layer|shared_expert_gate|wg|gate_logit)\.(?:weight|wg\.weight)$")
 """Names of what chooses experts: a few thousand weights on which every token's way depends, left alone by all quantizers."""
+_PACKED = re.compile(r"experts|\.(?:input|output)_linear\.weight$")
+"""Names of tensors that pack the matrices of all experts; the second form is that of granitemoe and jetmoe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ def stored_matrices(names: Iterable[str], shapes: Shapes, config: Mapping[str, A
 
 
 def _matrix(name: str, shape: tuple[int, ...], model_type: str) -> StoredMatrix | None:
-    packed = len(shape) == 3 and "experts" in name and not name.endswith("bias")
+    packed = len(shape) == 3 and _PACKED.search(name) is not None and not name.endswith("bias")
     if not (packed or (len(shape) == 2 and name.endswith("weight"))) or min(shape[-2:]) < 2 or _ROUTER.search(name):
         return None
     transposed = model_type in (TRANSPOSED_EXPERT_TYPES if packed else CONV1D_TYPES)

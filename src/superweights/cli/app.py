@@ -115,6 +115,14 @@ VERBS = (
         ),
     ),
     Verb(
+        "audit",
+        "Ask of any quantized model: was the super weight kept, bent or lost, and what does that cost?",
+        (
+            "superweights audit ./model-gptq --original ./model",
+            "superweights audit TheBloke/Llama-2-7B-GPTQ --weights 1:2533:7890",
+        ),
+    ),
+    Verb(
         "show",
         "Show single weights from the file's bytes: value, bits, rank, neighbours.",
         (

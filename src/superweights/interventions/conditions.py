@@ -243,9 +243,8 @@ class Condition:
     @property
     def needs_own_pass(self) -> bool:
         """Whether it cannot run beside other conditions, as rows of one batch."""
-        return any(
-            isinstance(each, PruneLargest | QuantizeWeights | QuantizeActivations) for each in self.interventions
-        )
+        in_rows = ScaleWeights | AddToWeights | RestoreSuperActivation | EditSuperActivation
+        return not all(isinstance(each, in_rows) for each in self.interventions)
 
 
 ORIGINAL = Condition("original")

@@ -4,7 +4,8 @@ A matrix that holds a kept weight stays as it is stored, exact and readable by e
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from superweights.checkpoint import Checkpoint, ModelReference
 from superweights.checkpoint.converting import NewTensor, Replacement, convert_checkpoint
 from superweights.checkpoint.stored_matrices import StoredMatrix, checkpoint_matrices
+from superweights.checkpoint.stored_projection import text_config
 from superweights.coordinates import Coordinate
 from superweights.errors import NonFiniteWeightsError, UsageError
 from superweights.interventions.conditions import QuantizeWeights
@@ -25,6 +27,15 @@ from superweights.quantization.rounding import Quantized, quantize
 from superweights.quantization.scheme import Scheme
 
 _ZERO_POINT_SHARES = ("row", "group")
+_HEADS = (
+    "lm_head", "lm_head.decoder", "generator_lm_head", "cls.predictions.decoder", "output_projection", "embed_out", "decoder",
+    "proj_out", "head", "output",
+)  # fmt: skip
+"""What heads are called that a model may share with its embeddings and so not store."""
+_ONE_EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.")
+"""In the names of routed experts that are stored one by one."""
+_UNPACKING_TYPES = {"llama4", "llama4_text"}
+"""Model types whose packed experts transformers replaces by single ones when a model is quantized, and then does not find."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,7 @@ def quantize_checkpoint(
             Path(to),
             replacements,
             files=files,
+            recipe=repr([each.describe() for each in how]),
             overwrite=overwrite,
             threads=threads,
             progress=progress,
@@ -112,7 +124,7 @@ def plan_quantized_checkpoint(checkpoint: Checkpoint, how: Sequence[QuantizeWeig
         strange = sorted(set(each.only or ()) - matrices.keys())
         if strange:
             raise UsageError(f"Quantizing {checkpoint.reference}: {strange[0]} is no matrix of its decoder layers.")
-        quantized.update(dict.fromkeys(each.only or matrices, each.scheme))
+        quantized.update(dict.fromkeys(matrices if each.only is None else each.only, each.scheme))
     for coordinate in (coordinate for each in how for coordinate in each.keep):
         tensor, _ = locate_stored(checkpoint, coordinate)
         if tensor not in matrices:
@@ -130,6 +142,7 @@ def plan_quantized_checkpoint(checkpoint: Checkpoint, how: Sequence[QuantizeWeig
             else "no matrix is left to quantize"
         )
         raise UsageError(f"Quantizing {checkpoint.reference}: {what}. `--measure` evaluates it without writing.")
+    _check_experts(checkpoint, matrices, quantized, packs)
     for name, scheme in quantized.items():
         matrix = matrices[name]
         fault = scheme.fault(matrix.rows, matrix.cols)
@@ -164,6 +177,27 @@ def _check_packable(checkpoint: Checkpoint, how: QuantizeWeights) -> None:
         raise UsageError(
             f"Quantizing {checkpoint.reference} by {how.scheme} into files: {fault}. `--measure` evaluates it without writing."
         )
+
+
+def _check_experts(
+    checkpoint: Checkpoint, matrices: Collection[str], quantized: Mapping[str, Scheme], packs: Sequence[str]
+) -> None:
+    """Refuses what transformers 5.23 would load without an error, or with one that says little, and with experts of noise.
+
+    It merges routed experts that are stored one by one, and for that decodes them all by one scheme; plain ones get lost.
+    """
+    alone = [name for name in matrices if _ONE_EXPERT.search(name)]
+    odd = next(
+        (name for name in alone if quantized.get(name) != quantized.get(alone[0]) or name not in quantized), None
+    )
+    fault = None
+    if odd is not None:
+        how = f"be packed by {quantized[odd]}" if odd in quantized else "stay as it is stored"
+        fault = f"{odd} would {how}, but transformers loads routed experts only where all are packed by one scheme"
+    elif packs and str(text_config(checkpoint.config).get("model_type")) in _UNPACKING_TYPES:
+        fault = f"{packs[0]} would stay packed, but transformers loads experts of this model type only one by one"
+    if fault:
+        raise UsageError(f"Quantizing {checkpoint.reference}: {fault}. `--measure` evaluates it without writing.")
 
 
 def _new_tensors(checkpoint: Checkpoint, matrix: StoredMatrix, scheme: Scheme) -> tuple[NewTensor, ...]:
@@ -240,7 +274,8 @@ def _quantization_config(
 ) -> dict[str, Any]:
     """What transformers, vLLM and compressed-tensors read."""
     modules: dict[Scheme, list[str]] = {}
-    for name, scheme in plan.quantized.items():
+    # Experts first: transformers decodes them by the first group.
+    for name, scheme in sorted(plan.quantized.items(), key=lambda each: _ONE_EXPERT.search(each[0]) is None):
         modules.setdefault(scheme, []).append(name.rpartition(".")[0])
     groups = {
         f"group_{number}": {
@@ -262,7 +297,7 @@ def _quantization_config(
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": list(dict.fromkeys(["lm_head", *plain])),
+        "ignore": list(dict.fromkeys([*_HEADS, *plain])),
         "kv_cache_scheme": None,
         "super_weights": kept,
     }
@@ -281,10 +316,12 @@ def _arguments(scheme: Scheme) -> dict[str, Any]:
 
 def _kept(checkpoint: Checkpoint, coordinate: Coordinate, amplify: float) -> dict[str, Any]:
     tensor, index = locate_stored(checkpoint, coordinate)
+    dtype = getattr(torch, str(checkpoint.tensors[tensor].storage.torch))
+    value = torch.tensor(checkpoint.read_scalar(tensor, index).value, dtype=dtype) * amplify
     return {
         "coordinate": str(coordinate),
         "tensor": tensor,
         "row": coordinate.row,
         "col": coordinate.col,
-        "value": checkpoint.read_scalar(tensor, index).value * amplify,
+        "value": value.item(),
     }

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from superweights.checkpoint import Checkpoint, ModelReference
+from superweights.checkpoint.packed.unpacked import UnpackedCheckpoint, unpacked
+from superweights.checkpoint.quantized import quantization_of
 from superweights.coordinates import Coordinate
 from superweights.errors import (
     MalformedFileError,
@@ -104,6 +106,9 @@ class LoadedModel:
             f"{count} NaN or infinite {'weight' if count == 1 else 'weights'} of {name} set to 0"
             for name, count in self.weights.zeroed.items()
         ]
+        if isinstance(self.checkpoint, UnpackedCheckpoint):
+            packed = quantization_of(self.checkpoint.packed.config) or "packed"
+            found.append(f"the weights are quantized ({packed}) and were dequantized to float32")
         count, stored = self.architecture.layer_count, self.weights.stored_layers
         if stored > count:
             found.append(
@@ -513,6 +518,7 @@ def load(
     reference = ModelReference.parse(model, revision=revision)
     checkpoint = Checkpoint.open(reference)
     try:
+        checkpoint = unpacked(checkpoint)
         weights = StreamedWeights(checkpoint, nonfinite=nonfinite, compute=compute, trust_remote_code=trust_remote_code)
         tokenizer = tokenizer or _tokenizer(checkpoint.directory, trust_remote_code=trust_remote_code)
         if residency == "resident":

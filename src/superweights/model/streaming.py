@@ -99,7 +99,6 @@ class StreamedWeights:
         compute: Compute = "auto",
         trust_remote_code: bool = False,
     ) -> None:
-        checkpoint.require_plain("running a forward pass")
         self.checkpoint = checkpoint
         self.zeroed: dict[str, int] = {}
         self.edits: tuple[Mapping[str, StoredEdit], ...] = ()

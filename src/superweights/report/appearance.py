@@ -37,7 +37,7 @@ _TEXT, _GRID = "#222b36", "#e6eaee"
 _TICKS = ((0.5, (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)), (2, (1, 2, 5)), (4, (1, 3)), (math.inf, (1,)))
 """The digits named on a log axis that spans fewer than so many powers of ten."""
 _NAME = 36  # characters of a name in a legend that is cut at its start
-_SHAPES = ("circle", "square", "diamond", "triangle-up", "cross")
+_SHAPES = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down")
 _SCORES = ("acc", "exact_match")
 """What the names of task scores hold, of all proportions."""
 _Z = 1.96  # a standard error times this is half a 95 % interval
@@ -216,6 +216,48 @@ def number_axis(domain: Interval, *, title: str, channel: Callable[..., alt.X] =
     return channel("place:Q", title=title, scale=scale, axis=axis)
 
 
+def measured_axis(
+    found: Sequence[MeasurementRecord],
+    *,
+    title: str,
+    channel: Callable[..., Any] = alt.X,
+    hold: Sequence[float] = (),
+    wide: float = 4,
+) -> tuple[Interval, Any]:
+    """Bounds and axis, alt.X or alt.Y, of values with their intervals; the field is "place".
+
+    The axis is in powers where all values are positive and the largest is over `wide` times the smallest. Then ends of
+    intervals far below the smallest value are cut, and what of `hold` is not positive has no place.
+
+    Args:
+        found: what is drawn.
+        title: the axis's title.
+        channel: alt.X or alt.Y.
+        hold: other values that the axis must reach.
+        wide: largest over smallest value from which it is in powers.
+    """
+    values = [each.value for each in found if math.isfinite(each.value)]
+    ends = [end for each in found for end in ends_of(each.value, each.interval)]
+    if not values or min(values) <= 0 or max(values) <= wide * min(values):
+        domain = linear_domain([*ends, *hold] or [0.0, 1.0])
+        return domain, number_axis(domain, title=title, channel=channel)
+    domain = log_domain([*(max(end, min(values) / wide) for end in ends), *hold])
+    return domain, log_axis(domain, field="place", title=title, channel=channel)
+
+
+def original_rule(
+    value: float, *, x: alt.X | None = None, y: alt.Y | None = None, width: int = 0, named: bool = True
+) -> list[alt.Chart]:
+    """A dashed line at the value of the original, named at its end; on an x axis, or on the y axis of a panel of this width."""
+    data = alt.Chart(values_of([{"place": value, "text": "original"}]))
+    across = {"x": x} if x is not None else {"y": y}
+    name = {"align": "center", "baseline": "bottom"} if x is not None else {"align": "left", "baseline": "middle"}
+    end = {"y": alt.value(-4)} if x is not None else {"x": alt.value(width + 6)}
+    rule = data.mark_rule(color=QUIET, strokeDash=[3, 3]).encode(**across)
+    label = data.mark_text(fontSize=11, color=MUTED, **name).encode(text="text:N", **across, **end)
+    return [rule, label] if named else [rule]
+
+
 def linear_domain(values: Iterable[float]) -> Interval:
     """Bounds of a linear axis around the values, with a little room."""
     known = list(values) or [0.0]
@@ -224,7 +266,12 @@ def linear_domain(values: Iterable[float]) -> Interval:
 
 
 def told_apart(
-    field: str, names: Sequence[str], *, colors: Sequence[str] = COLORS, keep_end: bool = False
+    field: str,
+    names: Sequence[str],
+    *,
+    colors: Sequence[str] = COLORS,
+    keep_end: bool = False,
+    by_shape: bool = False,
 ) -> dict[str, Any]:
     """Colour and shape of each name of a field, with a legend above the chart where there are several.
 
@@ -233,13 +280,15 @@ def told_apart(
         names: its values, in order.
         colors: one for each name, from the start again when there are more names.
         keep_end: cut long names at their start in the legend, as paths that differ at their end want.
+        by_shape: give neighbours different shapes too, where marks of all names cover each other.
     """
     cut = f"length(datum.label) > {_NAME} ? '…' + slice(datum.label, {1 - _NAME}) : datum.label"
     expression = {"labelExpr": cut} if keep_end else {}
     looks = {"orient": "top", "columns": 3, "labelLimit": 280, "symbolOpacity": 1, **expression}
     legend = alt.Legend(title=None, **looks) if len(names) > 1 else None
     hues = [colors[place % len(colors)] for place in range(len(names))]
-    shapes = [_SHAPES[place // len(colors) % len(_SHAPES)] for place in range(len(names))]
+    turns = [place // len(colors) + by_shape * place for place in range(len(names))]
+    shapes = [_SHAPES[turn % len(_SHAPES)] for turn in turns]
     return {
         "color": alt.Color(f"{field}:N", scale=alt.Scale(domain=list(names), range=hues), legend=legend),
         "shape": alt.Shape(f"{field}:N", scale=alt.Scale(domain=list(names), range=shapes), legend=legend),
@@ -352,6 +401,26 @@ def task_scores(records: Iterable[Record]) -> list[MeasurementRecord]:
     scores = [each for each in known if any(part in each.name for part in _SCORES)]
     plain = {(each.condition, each.subject) for each in scores if each.name == "acc"}
     return [each for each in scores if each.name == "acc" or (each.condition, each.subject) not in plain]
+
+
+def mean_accuracies(scores: Iterable[MeasurementRecord]) -> list[MeasurementRecord]:
+    """The mean score of each condition in percent, over the tasks that all have; count is of tasks.
+
+    Args:
+        scores: what `task_scores` gives.
+    """
+    groups: dict[str, list[MeasurementRecord]] = {}
+    for each in scores:
+        groups.setdefault(each.condition, []).append(each)
+    means = mean_scores(groups).values()
+    return [each.model_copy(update={"value": 100 * each.value, "interval": percent(each.interval)}) for each in means]
+
+
+def steps_of(each: MeasurementRecord) -> set[str]:
+    """The kinds of what was done to the model; nothing for the original."""
+    steps = each.intervention.get("steps")
+    found = steps if isinstance(steps, list) else [each.intervention]
+    return {str(step["kind"]) for step in found if isinstance(step, dict) and "kind" in step}
 
 
 def mean_scores(groups: Mapping[Key, Sequence[MeasurementRecord]]) -> dict[Key, MeasurementRecord]:

@@ -32,7 +32,17 @@ SCREEN_COLUMNS: dict[str, tuple[str, ...]] = {
     "note": ("level", "text"),
     "measurement": ("condition", "name", "subject", "value", "unit", "standard_error", "interval", "count", "dataset"),
     "verdict": ("weights", "label", "ratio", "interval", "without", "null_maximum", "count"),
-    "audit": ("coordinate", "verdict", "format", "original", "stored", "error", "error_steps", "clipped", "block_error"),
+    "audit": (
+        "coordinate",
+        "verdict",
+        "format",
+        "original",
+        "stored",
+        "error",
+        "error_steps",
+        "clipped",
+        "block_error",
+    ),
 }
 """The fields of each record type that a narrow table shows, in reading order."""
 

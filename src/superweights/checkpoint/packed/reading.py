@@ -1,0 +1,121 @@
+"""Finds who packed a checkpoint, and reads one matrix of it."""
+
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from superweights.checkpoint.checkpoint import Checkpoint
+from superweights.checkpoint.packed import awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, quanto, torchao
+from superweights.checkpoint.packed.grids import PackedMatrix
+from superweights.checkpoint.packed.stored import StoredModule
+from superweights.checkpoint.quantized import quantization_of
+from superweights.errors import MalformedFileError, QuantizedCheckpointError
+
+__all__ = ["PackedMatrix", "packed_format", "read_packed_matrix"]
+
+_Reader = Callable[[StoredModule], PackedMatrix | None]
+_MARKS = (
+    "qweight", "weight_packed", "W_q", "SCB", "weight.absmax", "weight_scale_inv", "_weight_qdata", *quanto.MARKS,
+)  # fmt: skip
+"""Tensors that only packed modules have."""
+
+
+def packed_format(checkpoint: Checkpoint) -> str | None:
+    """What packed a checkpoint's weights, in words such as "gptq, 4 bits"; None where they are plain.
+
+    It is what the config says (for quanto, the names of the tensors); whether it can be read, `read_packed_matrix` tells.
+    """
+    named = quantization_of(checkpoint.config)
+    return "quanto" if named is None and _quanto(checkpoint) else named
+
+
+def read_packed_matrix(checkpoint: Checkpoint, module: str) -> PackedMatrix | None:
+    """The matrix of a linear layer as the quantizer left it.
+
+    Args:
+        checkpoint: any checkpoint; only the module's own tensors are read.
+        module: such as model.layers.2.mlp.down_proj.
+
+    Returns:
+        The matrix; None where the module's weight is stored plain, or the checkpoint has no such module.
+
+    Raises:
+        QuantizedCheckpointError: the format, or this version of it, is not read.
+        MalformedFileError: tensors are missing, or contradict each other or the config.
+    """
+    settings = _settings(checkpoint)
+    if not settings:
+        marks = [each for each in _MARKS if f"{module}.{each}" in checkpoint.tensors]
+        if not marks:
+            return None
+        method = "quanto" if marks[0] in quanto.MARKS else ""
+    else:
+        method = _method(settings)
+    stored = StoredModule(checkpoint, module, method or "an unnamed quantizer", settings)
+    try:
+        return _reader(stored, method)(stored)
+    finally:
+        prefix = f"{module}."
+        checkpoint.drop(name for name in checkpoint.tensors if name.startswith(prefix))
+
+
+def _reader(stored: StoredModule, method: str) -> _Reader:
+    if method in _READERS:
+        return _READERS[method]
+    near = get_close_matches(method, _READERS, n=2)
+    hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Read are {', '.join(_READERS)}."
+    named = f"quant_method {method!r}" if method else "no quant_method in config.json"
+    raise QuantizedCheckpointError(
+        f"Reading {stored.name} of {stored.checkpoint.reference}: its weights are packed, with {named}. {hint} "
+        "docs/packed-formats.md says more."
+    )
+
+
+def _read_auto_round(stored: StoredModule) -> PackedMatrix | None:
+    """auto-round packs as AutoAWQ does, or as the first version of GPTQ; what else it wrote once is not read."""
+    if not stored.packed_as("qweight", "qzeros", "scales"):
+        stored.plain()
+        return None
+    packing = stored.setting("packing_format", ("auto_round:auto_gptq", "auto_round:auto_awq"), None)
+    if packing == "auto_round:auto_awq":
+        return awq.read_layout(stored, "auto-round awq")
+    return gptq.read_layout(stored, "auto-round gptq", less_one=True)
+
+
+_READERS: Mapping[str, _Reader] = {
+    "gptq": gptq.read,
+    "awq": awq.read,
+    "auto-round": _read_auto_round,
+    "bitsandbytes": bitsandbytes.read,
+    "compressed-tensors": compressed_tensors.read,
+    "fp8": fp8.read,
+    "torchao": torchao.read,
+    "hqq": hqq.read,
+    "quanto": quanto.read,
+}
+
+
+def _quanto(checkpoint: Checkpoint) -> bool:
+    return any(name.endswith(quanto.MARKS) for name in checkpoint.tensors)
+
+
+def _settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    nested = checkpoint.config.get("text_config")
+    for place in (checkpoint.config, nested if isinstance(nested, dict) else {}):
+        for key in ("quantization_config", "compression_config"):
+            found = place.get(key)
+            if found and not isinstance(found, dict):
+                raise MalformedFileError(f"config.json of {checkpoint.reference} has the {key} {found!r:.80}.")
+            if found:
+                settings: dict[str, Any] = found
+                return settings
+    return {}
+
+
+def _method(settings: Mapping[str, Any]) -> str:
+    method = settings.get("quant_method")
+    if isinstance(method, str):
+        return method.removeprefix("intel/")
+    if "load_in_4bit" in settings or "load_in_8bit" in settings:
+        return "bitsandbytes"
+    return "compressed-tensors" if "config_groups" in settings else ""

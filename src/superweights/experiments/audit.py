@@ -1,0 +1,200 @@
+"""What a quantizer did to super weights: the stored values, and what their errors do to the model."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from superweights.checkpoint import Checkpoint
+from superweights.checkpoint.packed.grids import PackedMatrix
+from superweights.checkpoint.packed.unpacked import UnpackedCheckpoint
+from superweights.coordinates import Coordinate
+from superweights.errors import UsageError
+from superweights.experiments.evaluation import evaluate
+from superweights.interventions.conditions import ORIGINAL, AddToWeights, Condition, LoadWeights
+from superweights.interventions.weights import locate_stored
+from superweights.measurements.windows import Windows
+from superweights.model.loading import LoadedModel
+from superweights.progress import NO_PROGRESS, Progress
+from superweights.results.records import AuditRecord, MeasurementRecord
+
+KEPT_WITHIN, LOST_BEYOND = 0.05, 0.5
+"""Relative errors up to which a weight is kept, and from which it is lost: in the paper's figure 6 a factor of 0.8 costs
+nothing that shows and 0.5 one point of accuracy, while 0.2 costs six and more."""
+_RESCALED = 0.2
+"""A column whose weights are this much larger or smaller than before was rescaled on purpose."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One matrix of the quantized checkpoint, packed or plain, as [rows, cols]."""
+
+    format: str
+    bits: float
+    weights: torch.Tensor
+    packed: PackedMatrix | None
+
+
+def audit_weights(
+    quantized: Checkpoint,
+    weights: Sequence[Coordinate],
+    *,
+    original: Checkpoint | None = None,
+    values: Mapping[Coordinate, float] | None = None,
+) -> Iterator[AuditRecord]:
+    """What the quantized files hold for each weight, against the original.
+
+    Args:
+        quantized: the model to look at, as `unpacked` gives it.
+        weights: which weights.
+        original: the model before; gives values, and the error of neighbours.
+        values: values before, where they are known without it.
+
+    Raises:
+        CoordinateError: a weight is not in this model.
+        QuantizedCheckpointError, MalformedFileError: the packed files cannot be read.
+        UsageError: the two are not the same model.
+    """
+    for coordinate in dict.fromkeys(weights):
+        tensor, index = locate_stored(quantized, coordinate)
+        packed = quantized.packed_matrix(tensor) if isinstance(quantized, UnpackedCheckpoint) else None
+        stored = packed.weights if packed else _matrix(quantized, tensor, index)
+        before = None
+        if original is not None:
+            if original.entry(tensor).shape != quantized.entry(tensor).shape:
+                raise UsageError(
+                    f"Auditing {quantized.reference}: {tensor} is {list(quantized.entry(tensor).shape)} there and "
+                    f"{list(original.entry(tensor).shape)} in {original.reference}. Give the model it was made from."
+                )
+            before = _matrix(original, tensor, index)
+        storage = quantized.tensors[tensor].storage
+        found = _Stored(*((packed.format, packed.bits) if packed else ("plain", float(storage.nbits))), stored, packed)
+        yield _audit(coordinate, tensor, found, before, (values or {}).get(coordinate))
+
+
+def _matrix(checkpoint: Checkpoint, tensor: str, index: tuple[int, ...]) -> torch.Tensor:
+    """A plain matrix that holds an index, as [rows, cols] of what is stored, float32."""
+    checkpoint.fetch((tensor,), populate=False)
+    found = checkpoint.view(tensor)
+    return (found[index[0]] if len(index) == 3 else found).float()
+
+
+def _audit(
+    coordinate: Coordinate, tensor: str, stored: _Stored, before: torch.Tensor | None, known: float | None
+) -> AuditRecord:
+    row, col = coordinate.row, coordinate.col
+    value = float(stored.weights[row, col])
+    original = float(before[row, col]) if before is not None else known
+    scale = 1.0 if before is None else _column_scale(stored.weights[:, col], before[:, col], row)
+    expected = None if original is None else scale * original
+    packed = stored.packed
+    block = None if packed is None else packed.block(row, col)
+    error = None if expected is None or expected == 0 else value / expected - 1
+    step = None if packed is None else float(packed.steps.expand(stored.weights.shape)[row, col])
+    clipped = None
+    if expected is not None:
+        clipped = (
+            packed is not None and bool(packed.at_end[row, col]) and abs(value) < abs(expected) - 0.5 * (step or 0)
+        )
+    verdict: Literal["kept", "bent", "lost", "unknown"] = "unknown"
+    if error is not None:
+        verdict = "kept" if abs(error) <= KEPT_WITHIN else "bent" if abs(error) < LOST_BEYOND else "lost"
+    return AuditRecord(
+        coordinate=str(coordinate),
+        tensor=tensor,
+        format=stored.format,
+        bits=stored.bits,
+        original=original,
+        stored=value,
+        column_scale=scale,
+        error=error,
+        error_steps=None if step is None or expected is None or step == 0 else (value - expected) / step,
+        clipped=clipped,
+        block_error=None
+        if before is None or block is None
+        else _block_error(stored.weights, before, block, (row, col)),
+        block_size=1 if block is None else int(block.sum()),
+        verdict=verdict,
+        reason=_reason(coordinate, stored, value, original, scale, error, clipped),
+    )
+
+
+def _column_scale(stored: torch.Tensor, before: torch.Tensor, row: int) -> float:
+    """What a column was multiplied by: the median ratio of its larger weights but one; 1 where that could be rounding."""
+    others = torch.ones(len(before), dtype=torch.bool)
+    others[row] = False
+    larger = others & (before.abs() > before.abs().median())  # of small ones, rounding leaves no ratio
+    scale = float((stored[larger] / before[larger]).median()) if bool(larger.any()) else 1.0
+    return scale if scale > 0 and abs(scale - 1) > _RESCALED else 1.0
+
+
+def _block_error(
+    stored: torch.Tensor, before: torch.Tensor, block: torch.Tensor, place: tuple[int, int]
+) -> float | None:
+    """Of the weights that share a scale but one; columns that were rescaled are compared by their own scales."""
+    others = block.clone()
+    others[place] = False
+    cols = others.any(0).nonzero().flatten()
+    scales = torch.ones(before.shape[1])
+    for col in cols.tolist():
+        scales[col] = _column_scale(stored[:, col], before[:, col], place[0])
+    expected = (before * scales)[others]
+    total = float(expected.square().sum())
+    return (float((stored[others] - expected).square().sum()) / total) ** 0.5 if total > 0 else None
+
+
+def _reason(
+    coordinate: Coordinate,
+    stored: _Stored,
+    value: float,
+    original: float | None,
+    scale: float,
+    error: float | None,
+    clipped: bool | None,
+) -> str:
+    where = "unpacked" if stored.packed is None else f"packed as {stored.format}"
+    if original is None or error is None:
+        return f"{coordinate} is {where} with the value {value:.6g}; what it was is not known (--original tells)."
+    rescaled = f", its column being multiplied by {scale:.3g}" if scale != 1 else ""
+    cut = "cut off at the end of its grid" if clipped else "rounded" if error else "exact"
+    return f"{coordinate} is {where}: {original:.6g} became {value:.6g}{rescaled}, {cut} ({100 * error:+.3g} %)."
+
+
+def measure_audit(
+    model: LoadedModel,
+    quantized: Checkpoint,
+    audited: Sequence[AuditRecord],
+    windows: Windows,
+    *,
+    progress: Progress = NO_PROGRESS,
+) -> Iterator[MeasurementRecord]:
+    """What the stored values do: those of super weights alone, those of all matrices, and all but the super weights.
+
+    Args:
+        model: the original, from a checkpoint.
+        quantized: the quantized checkpoint, as `unpacked` gives it.
+        audited: what `audit_weights` found; rescaled columns are not put back.
+        windows: the text.
+        progress: hears about windows.
+    """
+    changed = {
+        Coordinate.parse(each.coordinate): each.stored - each.original
+        for each in audited
+        if each.original is not None and each.stored != each.original and each.column_scale == 1
+    }
+    load = LoadWeights(str(quantized.reference), lambda name: _read(quantized, name))
+    conditions = [ORIGINAL, Condition("quantized", (load,))]
+    if changed:
+        shifts = AddToWeights(tuple(changed), tuple(changed.values()))
+        conditions.insert(1, Condition("errors of the super weights alone", (shifts,)))
+        restored = LoadWeights(load.source, load.read, keep=tuple(changed))
+        conditions.append(Condition("quantized, super weights put back", (restored,)))
+    yield from evaluate(model, windows, conditions, progress=progress).records()
+
+
+def _read(quantized: Checkpoint, name: str) -> torch.Tensor | None:
+    if name not in quantized.tensors:
+        return None
+    quantized.fetch((name,), populate=False)
+    return quantized.view(name)
