@@ -287,7 +287,7 @@ def main() -> None:
             [sys.executable, __file__, "--way", "make", "--shape", options.shape, "--dir", source], check=True
         )
     runs = [(way, sys.executable, cold) for cold in (True, False) for way in options.ways.split(",")]
-    runs += [(name, python, False) for name, python in peers.items()]
+    runs += [(name, str(Path(python).absolute()), False) for name, python in peers.items()]
     rows = []
     for _ in range(options.rounds):
         for way, python, cold in runs:

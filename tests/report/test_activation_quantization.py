@@ -72,11 +72,10 @@ def test_words_are_the_perplexity_and_the_divergence_over_that_of_naive_rounding
 
 
 def test_what_is_not_finite_is_at_the_end_of_the_axis_or_in_words():
-    records = changed("kl_to_original", "naive W8A8", math.inf)
-    chart = activation_quantization_chart(records, title="")
-    (lost,) = [row for row in rows_of(chart, "name", "finite") if not row["finite"]]
+    infinite = activation_quantization_chart(changed("kl_to_original", "naive W8A8", math.inf), title="")
+    (lost,) = [row for row in rows_of(infinite, "name", "finite") if not row["finite"]]
     assert (lost["name"], lost["value"]) == ("naive W8A8", "inf") and lost["place"] > 0.005
-    assert words_of(chart)[1]["naive W8A8"] == "inf"
+    assert words_of(infinite)[1]["naive W8A8"] == "inf"
     nothing = activation_quantization_chart(changed("kl_to_original", "super activation kept", math.nan), title="")
     assert words_of(nothing)[1] == {"super activation kept": "nan"}
 
@@ -96,6 +95,12 @@ def test_without_the_perplexity_of_the_original_its_line_is_named():
         layer for panel in chart.to_dict()["hconcat"] for layer in panel["layer"] if layer["mark"]["type"] == "text"
     ]
     assert sum("original" in str(layer["data"]) for layer in named) == 2
+
+
+def test_weights_that_were_compared_in_the_same_file_are_another_chart():
+    others = [measurement("perplexity_ratio", 9.0, "int4-g64, rtn", **ONLY)]
+    rows = rows_of(activation_quantization_chart([*others, *RECORDS], title=""), "name", "place")
+    assert "int4-g64, rtn" not in {row["name"] for row in rows}
 
 
 def test_tasks_are_a_third_panel():

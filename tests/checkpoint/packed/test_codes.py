@@ -26,9 +26,8 @@ def test_a_string_of_bits_runs_over_the_borders_of_words(bits, count):
     found = bit_string(packed, bits, count)
     assert found.dtype == torch.uint8
     assert torch.equal(found.long(), codes)
-    assert torch.equal(bit_string(packed.t().contiguous().t(), bits, count).long(), codes), (
-        "also where rows are no rows in memory"
-    )
+    turned = packed.t().contiguous().t()
+    assert torch.equal(bit_string(turned, bits, count).long(), codes), "also where rows are no rows in memory"
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

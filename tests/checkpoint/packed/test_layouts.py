@@ -1,4 +1,4 @@
-"""Layouts written by plain loops from their definitions: what no package here writes, and corners that the fixtures leave out."""
+"""Layouts written by plain loops from their definitions: what no package writes here, and corners that fixtures leave out."""
 
 import json
 import math
@@ -268,8 +268,10 @@ def test_zero_points_and_columns_in_another_order(read, mixed):
 
 
 def test_an_order_that_was_not_chosen(read):
-    parts = {"weight_packed": strings(codes_of(8, 32), 4), "weight_shape": torch.tensor([8, 32]), "weight_scale": scales_of(8, 4),
-             "weight_g_idx": torch.full((32,), -1, dtype=torch.int32)}  # fmt: skip
+    parts = {
+        "weight_packed": strings(codes_of(8, 32), 4), "weight_shape": torch.tensor([8, 32]), "weight_scale": scales_of(8, 4),
+        "weight_g_idx": torch.full((32,), -1, dtype=torch.int32),
+    }  # fmt: skip
     assert read(parts, **group(num_bits=4, strategy="group", group_size=8)).blocks is None
     parts["weight_g_idx"][3] = 4
     with pytest.raises(MalformedFileError, match="groups -1 to 4 of 4"):

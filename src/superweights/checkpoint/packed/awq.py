@@ -34,6 +34,8 @@ def read_layout(stored: StoredModule, format: str) -> PackedMatrix:
     """Reads the tensors of a module; `format` is in words."""
     scales = stored.tensor("scales", FLOATS, (None, None))  # [groups, rows]
     groups, rows = scales.shape
+    if rows % 8:
+        raise stored.malformed(f"it has {rows} rows, which do not fill words of 8")
     qweight = stored.tensor("qweight", ("I32",), (None, rows // 8))
     qzeros = stored.tensor("qzeros", ("I32",), (groups, rows // 8))
     shape = (rows, len(qweight))

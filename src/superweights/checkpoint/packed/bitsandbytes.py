@@ -52,7 +52,7 @@ def _read_4bit(stored: StoredModule, kind: str) -> PackedMatrix:
         bytes(stored.tensor(_STATE + kind, ("U8",), (None,)).tolist()), file=f"{stored.name}.{_STATE}{kind}"
     )
     shape, size = state.get("shape"), _number(stored, state, "blocksize")
-    if not isinstance(shape, list) or len(shape) != 2 or not all(type(each) is int for each in shape):
+    if not isinstance(shape, list) or len(shape) != 2 or not all(type(each) is int and each > 0 for each in shape):
         raise stored.malformed(f"its quant_state says the shape {shape!r}, which is no matrix")
     rows, cols = shape
     packed = high_half_first(stored.tensor("weight", ("U8", "F32", "F16", "BF16", "I8")))
@@ -68,11 +68,13 @@ def _absmax(stored: StoredModule, state: dict[str, Any], blocks: int) -> torch.T
     """The largest |weight| of each block, float32 [blocks]."""
     if not stored.has("weight.nested_absmax"):
         return stored.tensor("weight.absmax", ("F32",), (blocks,)).float()
-    size = _number(stored, state, "nested_blocksize")
+    size, offset = _number(stored, state, "nested_blocksize"), state.get("nested_offset")
+    if not isinstance(offset, float | int):
+        raise stored.malformed(f"its quant_state has the nested_offset {offset!r}")
     codes = stored.tensor("weight.absmax", ("U8",), (blocks,))
     table = stored.tensor("weight.nested_quant_map", ("F32",), (256,))
     nested = stored.tensor("weight.nested_absmax", ("F32",), (-(-blocks // size),))
-    return table[codes.int()] * nested.repeat_interleave(size)[:blocks] + float(state.get("nested_offset") or 0.0)
+    return table[codes.int()] * nested.repeat_interleave(size)[:blocks] + offset
 
 
 def _number(stored: StoredModule, state: dict[str, Any], key: str) -> int:

@@ -21,7 +21,8 @@ def bit_string(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         >>> bit_string(torch.tensor([[0x76543210]], dtype=torch.int32), 4, 8)
         tensor([[0, 1, 2, 3, 4, 5, 6, 7]], dtype=torch.uint8)
     """
-    stored = packed.contiguous().view(torch.uint8)  # [rows, bytes]
+    # Flat in between: of a single column torch calls any strides contiguous, and then refuses to see bytes in it.
+    stored = packed.contiguous().flatten().view(torch.uint8).reshape(len(packed), -1)  # [rows, bytes]
     if bits == 8:
         return stored[:, :count].clone()
     eights = -(-count // 8)  # eight codes fill as many bytes as a code has bits

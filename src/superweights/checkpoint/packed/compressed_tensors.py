@@ -32,6 +32,7 @@ _HALVES = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
 FORMATS = ("pack-quantized", *_WHOLE, *_HALVES)
 """The layouts that are read."""
 _EXPONENT_BIAS = 127
+_STRATEGIES = ("tensor", "channel", "group", "block", "tensor_group")
 _LINEAR = "Linear"
 """The class that packed modules have. Other classes are not told from names; they hold no packed matrix."""
 
@@ -184,13 +185,19 @@ def _scheme(stored: StoredModule) -> _Scheme:
     groups = stored.settings.get("config_groups")
     if not isinstance(groups, dict) or not all(isinstance(each, dict) for each in groups.values()):
         raise stored.malformed(f"the config has the config_groups {groups!r:.80}")
-    targets = {target: group for group in groups.values() for target in group.get("targets") or ()}
-    chosen = next((each for each in sorted(targets, key=_rank) if each == _LINEAR or _names(each, stored.name)), None)
+    targets = {target: group for group in groups.values() for target in _texts(stored, group.get("targets"))}
+    chosen = next((each for each in sorted(targets, key=_rank) if each == _LINEAR or _names(stored, each)), None)
     if chosen is None:
         raise stored.malformed(f"it is packed, but no target of the config is this module: {', '.join(targets)}")
-    if any(_names(each, stored.name) for each in stored.settings.get("ignore") or ()):
+    if any(_names(stored, each) for each in _texts(stored, stored.settings.get("ignore"))):
         raise stored.malformed("it is packed, but the config names it among those to ignore")
     return _read_scheme(stored, targets[chosen])
+
+
+def _texts(stored: StoredModule, given: object) -> list[str]:
+    if given is not None and not (isinstance(given, list) and all(isinstance(each, str) for each in given)):
+        raise stored.malformed(f"the config has {given!r:.80} where names of modules are expected")
+    return given or []
 
 
 def _rank(target: str) -> tuple[bool, bool, str]:
@@ -198,36 +205,49 @@ def _rank(target: str) -> tuple[bool, bool, str]:
     return target == _LINEAR, target.startswith("re:"), target
 
 
-def _names(target: str, module: str) -> bool:
-    if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), module) is not None
-    return target == module
+def _names(stored: StoredModule, target: str) -> bool:
+    if not target.startswith("re:"):
+        return target == stored.name
+    try:
+        return re.match(target.removeprefix("re:"), stored.name) is not None
+    except re.error as error:
+        raise stored.malformed(f"the config has the pattern {target!r}, which is none ({error})") from error
 
 
 def _read_scheme(stored: StoredModule, group: Mapping[str, Any]) -> _Scheme:
     weights = group.get("weights")
     if not isinstance(weights, dict):
-        raise stored.malformed(f"the config says of its weights {weights!r}")
+        raise stored.malformed(f"the config says of its weights {weights!r:.80}")
     format = group.get("format") or stored.settings.get("format")
     if format not in FORMATS:
         raise stored.unread(f"its layout is {format!r}; read: {', '.join(FORMATS)}")
-    bits, strategy = weights.get("num_bits"), weights.get("strategy")
-    if type(bits) is not int or not 1 <= bits <= 8:
-        raise stored.malformed(f"the config says num_bits {bits!r}")
-    if strategy is None:  # as compressed-tensors fills it in
-        strategy = (
-            "group"
-            if (weights.get("group_size") or 0) > 0
-            else "channel"
-            if weights.get("group_size") == -1
-            else "tensor"
-        )
-    if strategy not in ("tensor", "channel", "group", "block", "tensor_group"):
-        raise stored.unread(f"its scales are per {strategy!r}; read: tensor, channel, group, block, tensor_group")
-    size, high_wide = weights.get("group_size"), weights.get("block_structure")
-    block = None
-    if strategy == "block" and isinstance(high_wide, list) and len(high_wide) == 2:
-        block = (int(high_wide[0]), int(high_wide[1]))
-    elif strategy in ("group", "tensor_group") and type(size) is int and size > 0:
-        block = (1, size)
-    return _Scheme(format, bits, weights.get("symmetric", True) is not False, strategy, block)
+    bits, symmetric = weights.get("num_bits"), weights.get("symmetric", True)
+    if type(bits) is not int or not 1 <= bits <= 8 or not isinstance(symmetric, bool):
+        raise stored.malformed(f"the config says num_bits {bits!r} and symmetric {symmetric!r}")
+    strategy = _strategy(weights)
+    if strategy not in _STRATEGIES:
+        raise stored.unread(f"its scales are per {strategy!r}; read: {', '.join(_STRATEGIES)}")
+    return _Scheme(format, bits, symmetric, strategy, _size(strategy, weights))
+
+
+def _strategy(weights: Mapping[str, Any]) -> Any:
+    """What shares a scale; where that is not said it follows from the group size."""
+    named, size = weights.get("strategy"), weights.get("group_size")
+    if named is not None:
+        return named
+    return "tensor" if size is None else "channel" if size == -1 else "group"
+
+
+def _size(strategy: str, weights: Mapping[str, Any]) -> tuple[int, int] | None:
+    if strategy == "block":
+        size = weights.get("block_structure")
+        size = size.split("x") if isinstance(size, str) else size  # older files have "128x128"
+    else:
+        size = [1, weights.get("group_size")]
+    if (
+        not isinstance(size, list)
+        or len(size) != 2
+        or not all(str(each).isdecimal() and int(each) > 0 for each in size)
+    ):
+        return None
+    return int(size[0]), int(size[1])

@@ -28,16 +28,18 @@ def read(stored: StoredModule) -> PackedMatrix | None:
         if stored.has(part) and int(stored.tensor(part, ("U8",), ())):
             raise stored.unread(f"its scales are quantized themselves ({part})")
     rows, cols = (int(each) for each in stored.tensor("shape", ("I64", "I32"), (2,)).tolist())
-    bits, axis = int(stored.tensor("nbits", ("I32", "F32"), ())), int(stored.tensor("axis", ("I32",), ()))
-    size = int(stored.tensor("group_size", ("I32",), ())) if stored.has("group_size") else (rows, cols)[axis]
-    if axis not in (0, 1) or size < 1 or rows * cols % size:
+    bits, axis = float(stored.tensor("nbits", ("I32", "F32"), ())), int(stored.tensor("axis", ("I32",), ()))
+    size = int(stored.tensor("group_size", ("I32",), ())) if stored.has("group_size") else (rows, cols)[axis == 1]
+    if axis not in (0, 1) or min(rows, cols, size) < 1 or rows * cols % size:
         raise stored.malformed(f"its {rows} x {cols} weights are no groups of {size} along axis {axis}")
     groups = rows * cols // size
     codes = _codes(stored, (size, groups) if axis == 0 else (groups, size)).reshape(rows, cols)
     wanted = (1, groups) if axis == 0 else (groups, 1)
     scales, zeros = (stored.tensor(part, FLOATS, wanted).flatten() for part in ("scale", "zero"))
     spread_scales, spread_zeros = (_spread(each, (rows, cols), size, axis) for each in (scales, zeros))
-    return even_grid(stored.name, "hqq", bits, codes, spread_scales, zeros=spread_zeros.values, ends=(0, 2**bits - 1))
+    return even_grid(
+        stored.name, "hqq", bits, codes, spread_scales, zeros=spread_zeros.values, ends=(0, round(2**bits) - 1)
+    )
 
 
 def _codes(stored: StoredModule, shape: tuple[int, int]) -> torch.Tensor:
@@ -46,8 +48,9 @@ def _codes(stored: StoredModule, shape: tuple[int, int]) -> torch.Tensor:
     packing = bytes(letters).decode("ascii", "replace")
     if packing not in _BITS:
         raise stored.unread(f"its packing is {packing!r}; read: {', '.join(_BITS)}")
-    packed = stored.tensor("W_q", ("U8", "I32", "F32", "F16", "BF16"), (None, None))
-    packed = packed.view(torch.int32 if packing == "3bit_32" else torch.uint8)
+    wide = packing == "3bit_32"
+    packed = stored.tensor("W_q", ("I32", "F32") if wide else ("U8", "F32", "F16", "BF16"), (None, None))
+    packed = packed.view(torch.int32 if wide else torch.uint8)
     codes = stacked(packed, _BITS[packing], lowest_first=False)
     if codes.shape[1] != shape[1] or not shape[0] <= len(codes) < shape[0] + 10:
         raise stored.malformed(

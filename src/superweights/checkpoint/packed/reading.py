@@ -1,13 +1,13 @@
 """Finds who packed a checkpoint, and reads one matrix of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
 from superweights.checkpoint.checkpoint import Checkpoint
 from superweights.checkpoint.packed import awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, quanto, torchao
 from superweights.checkpoint.packed.grids import PackedMatrix
-from superweights.checkpoint.packed.stored import StoredModule
+from superweights.checkpoint.packed.stored import PLAIN, StoredModule
 from superweights.checkpoint.quantized import quantization_of
 from superweights.errors import MalformedFileError, QuantizedCheckpointError
 
@@ -44,14 +44,13 @@ def read_packed_matrix(checkpoint: Checkpoint, module: str) -> PackedMatrix | No
         MalformedFileError: tensors are missing, or contradict each other or the config.
     """
     settings = _settings(checkpoint)
-    if not settings:
-        marks = [each for each in _MARKS if f"{module}.{each}" in checkpoint.tensors]
-        if not marks:
-            return None
-        method = "quanto" if marks[0] in quanto.MARKS else ""
-    else:
-        method = _method(settings)
+    method = _method(settings) if settings else "quanto" if _marked(checkpoint, module, quanto.MARKS) else ""
     stored = StoredModule(checkpoint, module, method or "an unnamed quantizer", settings)
+    if any(checkpoint.tensors[name].dtype not in PLAIN for name in _packs(module) if name in checkpoint.tensors):
+        raise stored.unread("its experts are packed together in one tensor; read: a module for each")
+    if not settings and not _marked(checkpoint, module, _MARKS):
+        stored.plain()
+        return None
     try:
         return _reader(stored, method)(stored)
     finally:
@@ -93,6 +92,15 @@ _READERS: Mapping[str, _Reader] = {
     "hqq": hqq.read,
     "quanto": quanto.read,
 }
+
+
+def _marked(checkpoint: Checkpoint, module: str, marks: Iterable[str]) -> bool:
+    return any(f"{module}.{each}" in checkpoint.tensors for each in marks)
+
+
+def _packs(module: str) -> tuple[str, ...]:
+    """Tensors under which the experts of a layer are stored as one, if `module` means all of them."""
+    return module, f"{module}_blocks", f"{module}_packed"
 
 
 def _quanto(checkpoint: Checkpoint) -> bool:

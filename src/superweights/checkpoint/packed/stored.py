@@ -81,7 +81,7 @@ class StoredModule:
         fits = shape is None or (
             len(shape) == len(entry.shape) and all(a is None or a == b for a, b in zip(shape, entry.shape, strict=True))
         )
-        if entry.dtype not in dtypes or not fits:
+        if entry.dtype not in dtypes or not fits or not entry.numel:
             wanted = f" of shape [{', '.join('any' if each is None else str(each) for each in shape)}]" if shape else ""
             raise self.malformed(
                 f"{part} is {entry.dtype} of shape {list(entry.shape)}, where {' or '.join(dtypes)}{wanted} is expected"
