@@ -143,7 +143,7 @@ def _scales(stored: StoredModule, scheme: _Scheme, shape: tuple[int, int]) -> Sc
 
 
 def _zeros(stored: StoredModule, scheme: _Scheme, shape: tuple[int, int], *, packed: bool) -> torch.Tensor | None:
-    if scheme.symmetric:
+    if scheme.symmetric and not stored.has("weight_zero_point"):
         return None
     block = _block(stored, scheme, shape)
     grid = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
@@ -157,6 +157,10 @@ def _zeros(stored: StoredModule, scheme: _Scheme, shape: tuple[int, int], *, pac
                 f"weight_zero_point has the shape {list(zeros.shape)}, where {list(grid)} is expected"
             )
         zeros = zeros.reshape(grid)
+    if scheme.symmetric:  # some versions store the zeros of a symmetric grid
+        if bool(zeros.any()):
+            raise stored.malformed("the config says that its grid is symmetric, but it has zero points that are not 0")
+        return None
     order = _order(stored, shape[1], grid[1])
     return spread(zeros.float(), shape, block) if order is None else zeros[:, order].float()
 
