@@ -218,10 +218,20 @@ def test_formats_in_words():
             assert packed_format(checkpoint) == words
 
 
-def test_a_plain_checkpoint_has_no_format(planted_checkpoint):
-    with Checkpoint.open(planted_checkpoint) as checkpoint:
+def test_a_plain_checkpoint_has_no_format(write_model):
+    with Checkpoint.open(write_model({f"{DOWN}.weight": torch.ones(2, 3)})) as checkpoint:
         assert packed_format(checkpoint) is None
-        assert read_packed_matrix(checkpoint, "model.layers.2.mlp.down_proj") is None
+        assert read_packed_matrix(checkpoint, DOWN) is None
+
+
+@pytest.mark.parametrize("end", ["", "_blocks", "_packed"])
+def test_experts_in_one_tensor_are_not_read_and_not_plain(write_model, end):
+    experts = "model.layers.0.mlp.experts.down_proj"
+    directory = write_model(
+        {f"{experts}{end}": torch.zeros(2, 4, 4, dtype=torch.uint8)}, quantization_config={"quant_method": "mxfp4"}
+    )
+    with pytest.raises(QuantizedCheckpointError, match="packed together in one tensor"):
+        read(directory, experts)
 
 
 def test_what_was_read_outlives_the_files(tmp_path):

@@ -69,12 +69,12 @@ def _absmax(stored: StoredModule, state: dict[str, Any], blocks: int) -> torch.T
     if not stored.has("weight.nested_absmax"):
         return stored.tensor("weight.absmax", ("F32",), (blocks,)).float()
     size, offset = _number(stored, state, "nested_blocksize"), state.get("nested_offset")
-    if type(offset) not in (float, int):
+    if not isinstance(offset, float | int) or isinstance(offset, bool):
         raise stored.malformed(f"its quant_state has the nested_offset {offset!r}")
     codes = stored.tensor("weight.absmax", ("U8",), (blocks,))
     table = stored.tensor("weight.nested_quant_map", ("F32",), (256,))
     nested = stored.tensor("weight.nested_absmax", ("F32",), (-(-blocks // size),))
-    return table[codes.int()] * nested.repeat_interleave(size)[:blocks] + float(offset)
+    return table[codes.int()] * nested.repeat_interleave(size)[:blocks] + offset
 
 
 def _number(stored: StoredModule, state: dict[str, Any], key: str) -> int:
