@@ -247,6 +247,13 @@ def test_what_was_read_outlives_the_files(tmp_path):
     assert again.weights.any() and again.steps.all()
 
 
+def test_the_memory_of_the_stored_tensors_is_given_back(monkeypatch):
+    dropped: list[str] = []
+    monkeypatch.setattr(Checkpoint, "drop", lambda self, names: dropped.extend(names))
+    assert read(FIXTURES / "gptq" / "v2-4bit") is not None
+    assert sorted(dropped) == sorted(parts("gptq/v2-4bit"))
+
+
 def test_only_the_bytes_of_the_module_come_over_the_network(tmp_path, monkeypatch):
     shutil.copytree(FIXTURES / "gptq" / "v2-4bit", tmp_path / "model")
 
