@@ -114,6 +114,19 @@ def test_gptq(read, bits, version, mixed):
     assert found.bits == bits
 
 
+def test_gptq_modules_may_differ_from_the_config(read):
+    """gptqmodel's `dynamic` gives some modules other bits and groups; their shapes say which."""
+    codes, scales = codes_of(32, 64, limit=256), scales_of(4, 32)
+    parts = {"qweight": strings(codes, 8).t(), "qzeros": strings(torch.full((4, 32), 127), 8), "scales": scales}
+    found = read(
+        parts, quant_method="gptq", bits=4, group_size=32, dynamic={"+:.*down.*": {"bits": 8, "group_size": 16}}
+    )
+    assert (found.bits, found.shared) == (8, (1, 16))
+    assert torch.equal(found.weights, (codes - 128).float() * scales.t().float().repeat_interleave(16, 1))
+    with pytest.raises(MalformedFileError, match="4 groups, where rows of 64 in groups of 32 make 2"):
+        read(parts, quant_method="gptq", bits=4, group_size=32)
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_gptq_zero_of_0_was_stored_by_borrowing(read, bits):
     """gptqmodel takes one from every code of a word at once, so a 0 borrows from the code above it."""
