@@ -115,6 +115,14 @@ VERBS = (
         ),
     ),
     Verb(
+        "adapter",
+        "Restore super weights on top of a quantized model, by a LoRA of a few kilobytes.",
+        (
+            "superweights adapter ./model-int4 --original ./model --to ./model-int4-lora",
+            "superweights adapter ./model-q4_0.gguf --original ./model --weights 2:3968:7003 --to ./model-q4_0-lora",
+        ),
+    ),
+    Verb(
         "audit",
         "Ask of any quantized model: was the super weight kept, bent or lost, and what does that cost?",
         (
