@@ -93,6 +93,27 @@ def test_any_shape(scheme, rows, cols):
     assert torch.equal(layer.state_dict()["weight_packed"], stored[0])
 
 
+@pytest.mark.parametrize(("scheme", "cols"), [("int4-g512", 1536), ("int4-g96", 288)])
+def test_a_longer_group_is_several_of_the_kernel(scheme, cols):
+    layer = packed(scheme, matrix(48, cols) * torch.linspace(1, 3, cols))
+    assert layer.kernel == "int4"
+    for tokens in TOKENS:
+        assert_near(layer(inputs(tokens, cols)), layer, inputs(tokens, cols), roundings=5)
+
+
+@pytest.mark.parametrize("scheme", ["int4-g32", "int8-row", "int8-g64"])
+def test_many_pieces_give_what_one_gives(scheme, monkeypatch):
+    held, given = [(3, COL), (70, 1), (ROWS - 1, 0)], inputs(TOKENS[-1])
+    one = packed(scheme, held=held)
+    expected = one(given), one.dequantized(), one.state_dict()["weight_packed"]
+    monkeypatch.setattr(packed_linear, "_TILE", 1)
+    monkeypatch.setattr(packed_linear, "_PACK_ROWS", 64)
+    layer = packed(scheme, held=held)
+    found = layer(given), layer.dequantized(), layer.state_dict()["weight_packed"]
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-6)  # another split of a sum
+    assert torch.equal(found[1], expected[1]) and torch.equal(found[2], expected[2])
+
+
 def test_leading_dimensions_and_no_tokens():
     layer = packed("int4-g32")
     given = inputs(6)
