@@ -215,6 +215,17 @@ def test_routed_experts_are_refused(tmp_path: Path) -> None:
         plan(model, source, Coordinate.parse("1/2:5:20"))
 
 
+def test_a_shared_expert_is_a_linear_layer_like_any_other(tmp_path: Path) -> None:
+    source = save_tiny_checkpoint("qwen2_moe", tmp_path / "plain", layers=2)
+    place = Coordinate.parse("1:5:20")
+    rewrite_checkpoint(source, tmp_path / "half", [ScaleWeights((place,), 0.5)])
+    with load(source) as model:
+        planned = plan(model, tmp_path / "half", place)
+        (name,) = (each.module for each in planned.matrices)
+        assert isinstance(model.model.get_submodule(name), torch.nn.Linear)
+    assert name.endswith("shared_expert.down_proj")
+
+
 @pytest.mark.parametrize("place", ["2:64:7", "2:49:112", "6:0:0"])
 def test_a_coordinate_out_of_range(place: str, original: LoadedModel, clipped: Path) -> None:
     with pytest.raises(CoordinateError):
@@ -380,16 +391,16 @@ def test_peft_loads_it_and_the_logits_are_those_of_the_value_put_back(
     original: LoadedModel, clipped: Path, planted_checkpoint: Path, tmp_path: Path
 ) -> None:
     peft = pytest.importorskip("peft", reason="peft is no dependency")
-    from transformers import AutoModelForCausalLM
+    pytest.importorskip("compressed_tensors", reason="reads the packed files back")
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
     write_adapter(plan(original, clipped, SUPER), tmp_path / "lora")
     ids = torch.arange(96).reshape(2, 48) + 3
+    unpack = CompressedTensorsConfig(run_compressed=False)  # PEFT looks for `weight`, which packed modules do not have
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # peft and accelerate speak of their own future
-        base = AutoModelForCausalLM.from_pretrained(clipped, dtype=torch.float32)
+        base, put_back = (AutoModelForCausalLM.from_pretrained(clipped, quantization_config=unpack) for _ in range(2))
         alone = base(ids).logits
-        put_back = AutoModelForCausalLM.from_pretrained(clipped, dtype=torch.float32)
-        put_back(ids)  # decompresses
         weight = put_back.get_submodule(MODULE).weight
         weight[49, 7] = load_file(planted_checkpoint / "model.safetensors")[f"{MODULE}.weight"][49, 7]
         expected = put_back(ids).logits

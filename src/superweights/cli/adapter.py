@@ -42,8 +42,8 @@ class AdapterSettings:
     """peft: for transformers and other engines that load LoRA as PEFT writes it. gguf: for llama.cpp; needs
     `superweights[gguf]`. By default gguf where QUANTIZED is a .gguf file."""
     dtype: RunningDtype = "auto"
-    """What the engine that will run QUANTIZED rounds unpacked weights to. auto: the dtype in its config, as engines do that are
-    not told otherwise. float32 where unpacked weights are not rounded."""
+    """What the engine that will run QUANTIZED rounds unpacked weights to. auto: the dtype in its config, in which transformers
+    unpacks, whatever it runs in. float32 where unpacked weights are not rounded."""
     quantized_revision: str | None = None
     """Branch, tag or commit of QUANTIZED on the Hub; --revision is that of the original."""
 
