@@ -15,8 +15,8 @@ from superweights.experiments.activation_quantization import (
     ActivationSettings,
     activation_conditions,
     compare_activation_quantization,
-    split_windows,
 )
+from superweights.measurements.windows import split_windows
 from superweights.quantization.scheme import Scheme
 from superweights.results.records import MeasurementRecord, NoteRecord
 from superweights.testing import save_tiny_checkpoint
@@ -28,10 +28,10 @@ FINE = Scheme.parse("int8-g16")
 
 
 def run(own_text: OwnText, **settings):
-    chosen = ActivationSettings(weights=FINE, **settings)
+    chosen = ActivationSettings(**settings)
     with sw.load(own_text.directory) as model:
         scored, calibration = split_windows(own_text.windows)
-        conditions = activation_conditions(model, calibration, chosen)
+        conditions = activation_conditions(model, calibration, chosen, weights=FINE)
         records = list(compare_activation_quantization(model, scored, conditions))
     values = {(each.condition, each.name): each for each in records if isinstance(each, MeasurementRecord)}
     return values, [each.text for each in records if isinstance(each, NoteRecord)]
@@ -70,7 +70,7 @@ def test_more_is_rounded_with_attention_and_its_outputs(own_text: OwnText) -> No
 
 def test_fewer_bits_cost_more(own_text: OwnText) -> None:
     eight, _ = run(own_text, scales="token")
-    four, _ = run(own_text, scales="token", bits=4)
+    four, _ = run(own_text, scales="token", activation_bits=4)
     assert four[KEPT, "kl_to_original"].value > 2 * eight[KEPT, "kl_to_original"].value
 
 

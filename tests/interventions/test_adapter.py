@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from superweights.checkpoint import Checkpoint
+from superweights.checkpoint import Checkpoint, copying
 from superweights.checkpoint.packed.reading import read_packed_matrix
 from superweights.coordinates import Coordinate
 from superweights.errors import (
@@ -26,7 +26,6 @@ from superweights.errors import (
     UnsupportedArchitectureError,
     UsageError,
 )
-from superweights.interventions import adapter as adapters
 from superweights.interventions.adapter import (
     Adapter,
     Form,
@@ -371,7 +370,7 @@ def test_a_failed_write_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(adapters, "put_in_place", full)
+    monkeypatch.setattr(copying, "put_in_place", full)
     with pytest.raises(RecordError, match="No space left"):
         write_adapter(plan(original, clipped, SUPER), tmp_path / "lora")
     assert not list(tmp_path.iterdir())

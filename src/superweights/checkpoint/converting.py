@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from superweights.checkpoint.checkpoint import Checkpoint
-from superweights.checkpoint.copying import check_target, copy_small_files, put_in_place, sync_folder
+from superweights.checkpoint.copying import check_target, copy_small_files, put_in_place, sync_folder, write_file
 from superweights.checkpoint.dtypes import STORAGE_TYPES
 from superweights.checkpoint.mapped import MappedFile
 from superweights.errors import RecordError, UsageError
@@ -198,23 +199,17 @@ def _begin(folder: Path, identity: str) -> None:
     (folder / _IDENTITY).write_text(identity)
 
 
-class _threads:
-    """Threads that work on a tensor each, with torch's own threads off."""
+@contextmanager
+def _threads(count: int | None) -> Iterator[ThreadPoolExecutor]:
+    """Threads that work on a tensor each, with torch's own threads off; waits for them in the end."""
+    import torch
 
-    def __init__(self, count: int | None) -> None:
-        import torch
-
-        self.pool = ThreadPoolExecutor(
-            count or os.cpu_count() or 1, "superweights-convert", initializer=torch.set_num_threads, initargs=(1,)
-        )
-
-    def __enter__(self) -> ThreadPoolExecutor:
-        return self.pool
-
-    def __exit__(self, *_: object) -> None:
-        import torch
-
-        self.pool.shutdown(cancel_futures=True)
+    name = "superweights-convert"
+    pool = ThreadPoolExecutor(count or os.cpu_count() or 1, name, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
         # A worker's thread count of 1 is also what torch would give to threads that start later.
         torch.set_num_threads(torch.get_num_threads())
 
@@ -287,7 +282,4 @@ def _write_texts(checkpoint: Checkpoint, folder: Path, shards: Mapping[str, _Sha
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         texts[checkpoint.index_file] = json.dumps(index, indent=2) + "\n"
     for name, text in texts.items():
-        with (folder / name).open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        write_file(folder / name, [text.encode()])

@@ -53,7 +53,7 @@ def copy_checkpoint(
     blocks = {name: list(split([(0, file.size)], _BLOCK_BYTES)) for name, file in files.items()}
     progress.start("copying weights", total=sum(map(len, blocks.values())), unit="blocks")
     try:
-        with _new_folder(target) as folder:
+        with new_folder(target) as folder:
             copy_small_files(checkpoint.directory, folder)
             _write_index(checkpoint, folder)
             for name, file in files.items():
@@ -90,7 +90,7 @@ def check_target(checkpoint: Checkpoint, target: Path, *, overwrite: bool) -> No
 
 
 @contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path) -> Iterator[Path]:
     """A folder beside the target that takes its place in the end, or is gone."""
     folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -133,8 +133,7 @@ def copy_small_files(directory: Path, folder: Path, *, but: Container[str] = ())
     for path in [*directory.iterdir(), *directory.glob("additional_chat_templates/*")]:
         name = path.relative_to(directory).as_posix()
         if path.is_file() and is_small(name, path.stat().st_size) and name not in but:
-            (folder / name).unlink(missing_ok=True)
-            _write(folder / name, [path.read_bytes()])
+            write_file(folder / name, [path.read_bytes()])
 
 
 def _write_index(checkpoint: Checkpoint, folder: Path) -> None:
@@ -143,7 +142,7 @@ def _write_index(checkpoint: Checkpoint, folder: Path) -> None:
     path = checkpoint.directory / checkpoint.index_file
     weight_map = {name: entry.file for name, entry in checkpoint.tensors.items()}
     index = {"metadata": {"total_size": checkpoint.nbytes}, "weight_map": weight_map}
-    _write(
+    write_file(
         folder / checkpoint.index_file, [path.read_bytes() if path.is_file() else json.dumps(index, indent=2).encode()]
     )
 
@@ -156,12 +155,19 @@ def _copy_file(
             yield file.read(start, end)
             progress.advance(nbytes=end - start)
 
-    _write(path, read(), pieces)
+    write_file(path, read(), pieces)
 
 
-def _write(path: Path, blocks: Iterable[bytes], pieces: Pieces = ()) -> None:
+def write_file(path: Path, blocks: Iterable[bytes], pieces: Pieces = ()) -> None:
+    """Writes a file, in place of one that an interrupted run left, and waits until it is on the disk.
+
+    Args:
+        path: the file; its folder is made.
+        blocks: its bytes.
+        pieces: what then replaces some of them.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("xb") as copy:
+    with path.open("wb") as copy:
         for block in blocks:
             copy.write(block)
         for position, piece in pieces:

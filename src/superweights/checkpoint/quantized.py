@@ -3,6 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
+SETTINGS_KEYS = ("quantization_config", "compression_config")
+"""Where a config keeps what a quantizer has to say."""
+
 
 def quantization_of(config: dict[str, Any]) -> str | None:
     """Names the quantizer of a config and its bits, or None for plain weights.
@@ -13,7 +16,7 @@ def quantization_of(config: dict[str, Any]) -> str | None:
         >>> quantization_of({"model_type": "llama"}) is None
         True
     """
-    settings = _settings(config)
+    settings = next((found for _, found in stored_settings(config) if isinstance(found, dict)), None)
     if settings is None:
         return None
     method = settings.get("quant_method")
@@ -23,14 +26,11 @@ def quantization_of(config: dict[str, Any]) -> str | None:
     return method if bits is None else f"{method}, {bits} bits"
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any] | None:
+def stored_settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What a config, or its part for the language model, says under the keys of quantizers, with the key; nothing empty."""
     nested = config.get("text_config")
     for place in (config, nested if isinstance(nested, dict) else {}):
-        for key in ("quantization_config", "compression_config"):
-            if isinstance(place.get(key), dict) and place[key]:
-                found: dict[str, Any] = place[key]
-                return found
-    return None
+        yield from ((key, place[key]) for key in SETTINGS_KEYS if place.get(key))
 
 
 def _bits(settings: dict[str, Any]) -> int | None:

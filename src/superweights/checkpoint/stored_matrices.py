@@ -14,7 +14,7 @@ from superweights.checkpoint.stored_projection import (
     TRANSPOSED_EXPERT_TYPES,
     Shapes,
     layer_tensors,
-    text_config,
+    model_type_of,
 )
 from superweights.errors import QuantizedCheckpointError
 
@@ -83,7 +83,7 @@ def stored_matrices(names: Iterable[str], shapes: Shapes, config: Mapping[str, A
         >>> [each.tensor for each in stored_matrices(shapes, shapes, {"model_type": "llama"})]
         ['layers.0.mlp.up.weight']
     """
-    model_type = str(text_config(config).get("model_type", config.get("model_type")))
+    model_type = model_type_of(config)
     return tuple(found for name in names if (found := _matrix(name, shapes[name], model_type)) is not None)
 
 

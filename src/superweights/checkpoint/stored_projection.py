@@ -90,7 +90,7 @@ def find_stored_projection(shapes: Shapes, config: Mapping[str, Any], *, coordin
             f"There is no decoder layer {coordinate.layer} in this checkpoint; the layers are 0 to {max(layers)}."
         )
     names = layers[coordinate.layer]
-    model_type = str(text.get("model_type", config.get("model_type")))
+    model_type = model_type_of(config)
     read = [
         _read(names[path], path, shapes[names[path]], hidden_size=hidden_size, model_type=model_type) for path in names
     ]
@@ -223,6 +223,11 @@ def _for_expert(found: Sequence[StoredProjection], coordinate: Coordinate) -> li
     if found and coordinate.expert not in experts:
         raise CoordinateError(f"{coordinate} names expert {coordinate.expert}; the experts are 0 to {max(experts)}.")
     return [each for each in found if coordinate.expert == each.expert or each.experts is not None]
+
+
+def model_type_of(config: Mapping[str, Any]) -> str:
+    """The model type of the language model."""
+    return str(text_config(config).get("model_type", config.get("model_type")))
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

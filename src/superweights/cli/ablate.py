@@ -1,10 +1,9 @@
 """The verb `ablate`: the paper's table 1."""
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated
 
 from cyclopts import Parameter
 
@@ -18,14 +17,14 @@ from superweights.cli.model_options import (
     describe_model_run,
     open_model,
 )
-from superweights.cli.output import DEFAULT_OUTPUT, OutputSettings, write_rows, write_table, write_text
+from superweights.cli.output import DEFAULT_OUTPUT, OutputSettings, with_interval, write_rows, write_table, write_text
+from superweights.cli.task_options import DEFAULT_TASK_OPTIONS, TaskOptions, task_records, write_tasks
 from superweights.cli.text_options import DEFAULT_TEXT_OPTIONS, TextOptions, open_windows
 from superweights.cli.weights_option import weights_of
 from superweights.coordinates import Coordinate
 from superweights.errors import UsageError
 from superweights.experiments.ablation import ablate as run_ablation
 from superweights.experiments.ablation import ablation_conditions
-from superweights.interventions.conditions import Condition
 from superweights.interventions.rows import applied
 from superweights.model.loading import LoadedModel
 from superweights.progress import RichProgress
@@ -44,13 +43,6 @@ class AblateSettings:
     others: Annotated[str | None, Parameter(metavar="SHARE|COUNT")] = None
     """How many of the largest other weights the control removes: a share of every matrix, as 1e-6, or a count for each, as 16.
     By default the paper's share of 1e-6, and at least one weight of every matrix."""
-    tasks: Annotated[str | None, Parameter(metavar="NAMES")] = None
-    """Zero-shot tasks as well, separated by commas, or all for the paper's seven: arc_challenge, arc_easy, hellaswag,
-    lambada_openai, piqa, sciq, winogrande. Needs `pip install superweights[eval]`."""
-    tasks_data: Path | None = None
-    """Folder with the tasks as NAME.jsonl files, to run without a network."""
-    limit: int | None = None
-    """At most so many items of each task, the first ones."""
     sample: str = "My favorite condiment is"
     """A prompt that every condition continues; an empty text leaves it out."""
     out: Annotated[str | None, FILE, HYPHEN_ALLOWED] = None
@@ -67,6 +59,7 @@ def ablate(
     /,
     *,
     settings: AblateSettings = _DEFAULT_SETTINGS,
+    tasks: TaskOptions = DEFAULT_TASK_OPTIONS,
     text: TextOptions = DEFAULT_TEXT_OPTIONS,
     options: ModelOptions = DEFAULT_MODEL_OPTIONS,
     output: OutputSettings = DEFAULT_OUTPUT,
@@ -86,7 +79,7 @@ def ablate(
             loaded,
             options,
             command=sys.argv,
-            settings={**asdict(settings), "tasks_data": str(settings.tasks_data or ""), **asdict(text)},
+            settings={**asdict(settings), **tasks.described(), **asdict(text)},
         )
         windows = open_windows(loaded, text)
         progress = RichProgress()
@@ -95,7 +88,7 @@ def ablate(
             write_text(f"No super weight candidate in {model}: nothing was removed. Name weights with --weights.\n")
             return 0
         found = run_ablation(loaded, weights, windows, others=others, progress=progress)
-        records: list[Record] = [*found.records(), *_more(loaded, settings, weights, others, progress)]
+        records: list[Record] = [*found.records(), *_more(loaded, settings, tasks, weights, others, progress)]
         run = add_warnings(run, loaded)
     try:
         _leave(settings, run, records, model)
@@ -122,6 +115,7 @@ def _amount(text: str | None) -> float | int | None:
 def _more(
     loaded: LoadedModel,
     settings: AblateSettings,
+    tasks: TaskOptions,
     weights: Sequence[Coordinate],
     others: float | int | None,
     progress: RichProgress,
@@ -134,38 +128,7 @@ def _more(
             with applied(loaded, condition):
                 continued = continue_text(loaded, settings.sample)
             yield NoteRecord(level="info", text=f"{condition.name}: {settings.sample!r} goes on {continued!r}")
-        yield from task_records(loaded, settings, [condition], progress)
-
-
-class TaskSettings(Protocol):
-    """What a verb that runs tasks asks."""
-
-    @property
-    def tasks(self) -> str | None:
-        """Names, separated by commas, or all."""
-
-    @property
-    def tasks_data(self) -> Path | None:
-        """Folder with the tasks as files."""
-
-    @property
-    def limit(self) -> int | None:
-        """At most so many items of each."""
-
-
-def task_records(
-    loaded: LoadedModel, settings: TaskSettings, conditions: Iterable[Condition], progress: RichProgress
-) -> Iterator[MeasurementRecord]:
-    """Zero-shot tasks under every condition; nothing where none is asked for."""
-    if not settings.tasks:
-        return
-    from superweights.integrations.lm_eval import TASKS, run_tasks
-
-    names = TASKS if settings.tasks == "all" else settings.tasks.split(",")
-    for condition in conditions:
-        yield from run_tasks(
-            loaded, names, data=settings.tasks_data, limit=settings.limit, condition=condition, progress=progress
-        )
+        yield from task_records(loaded, tasks, [condition], progress)
 
 
 def _leave(settings: AblateSettings, run: Run, records: Sequence[Record], model: str) -> None:
@@ -191,10 +154,7 @@ def _show(records: Sequence[Record], weights: Sequence[Coordinate], model: str, 
     )
     on_text, on_tasks = ([each for each in measured if bool(each.subject) == tasks] for tasks in (False, True))
     write_table([_row(name, [each for each in on_text if each.condition == name]) for name in conditions], title=title)
-    if on_tasks:
-        rows = [task_row(name, [each for each in on_tasks if each.condition == name]) for name in conditions]
-        write_text("\n")
-        write_table(rows, title="Zero-shot tasks: acc, with its standard error.")
+    write_tasks(on_tasks)
     write_text("".join(f"\n{each.text}\n" for each in records if isinstance(each, NoteRecord)))
 
 
@@ -205,18 +165,7 @@ def _row(condition: str, measured: Sequence[MeasurementRecord]) -> dict[str, obj
         "kl_to_original": "KL, nats",
         "top1_agreement": "same top token",
     }
-    return {"condition": condition, **{headings.get(each.name, each.name): _cell(each) for each in measured}}
-
-
-def task_row(condition: str, measured: Sequence[MeasurementRecord]) -> dict[str, object]:
-    """A row of a table of tasks: the headline score of each, and their mean."""
-    from superweights.integrations.lm_eval import headline
-
-    scores = [each for each in measured if each.name == headline(each.subject)]
-    cells = {each.subject: f"{each.value:.4f} ± {each.standard_error or 0:.4f}" for each in scores}
-    return {"condition": condition, **cells, "mean": round(sum(each.value for each in scores) / len(scores), 4)}
-
-
-def _cell(record: MeasurementRecord) -> str:
-    interval = "" if record.interval is None else f" ({record.interval[0]:.4g} to {record.interval[1]:.4g})"
-    return f"{record.value:.4g}{interval}"
+    return {
+        "condition": condition,
+        **{headings.get(each.name, each.name): with_interval(each.value, each.interval) for each in measured},
+    }

@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from superweights.checkpoint import Checkpoint, ModelReference
+from superweights.checkpoint.packed.unpacked import unpacked
 from superweights.cli.model_options import (
     DEFAULT_MODEL_OPTIONS,
     FILE,
@@ -26,6 +27,7 @@ from superweights.cli.weights_option import weights_of
 from superweights.coordinates import Coordinate
 from superweights.detection.published import published_name, usable_weights
 from superweights.errors import UnknownNameError, UsageError
+from superweights.experiments.audit import audit_weights, measure_audit
 from superweights.progress import RichProgress
 from superweights.results.records import AuditRecord, MeasurementRecord, NoteRecord, Record
 from superweights.results.store import STANDARD_STREAM, write_records
@@ -75,9 +77,6 @@ def audit(
     check_targets(records=settings.out, charts=[])
     progress = RichProgress()
     with ExitStack() as stack:
-        from superweights.checkpoint.packed.unpacked import unpacked
-        from superweights.experiments.audit import audit_weights, measure_audit
-
         packed = Checkpoint.open(
             ModelReference.parse(quantized, revision=options.revision if not settings.original else None)
         )

@@ -93,6 +93,16 @@ def cell_text(value: object) -> str:
     return str(value)
 
 
+def with_interval(value: float, interval: tuple[float, float] | None) -> str:
+    """A measured value in four digits, with its 95 % interval in brackets where it has one.
+
+    Example:
+        >>> with_interval(5.67, (5.5, 5.9)), with_interval(4.125, None)
+        ('5.67 (5.5 to 5.9)', '4.125')
+    """
+    return f"{value:.4g}" if interval is None else f"{value:.4g} ({interval[0]:.4g} to {interval[1]:.4g})"
+
+
 def _rendered(table: Any) -> str:
     """A rich table as text: styled and fitted on a terminal, plain and as wide as needed in a pipe."""
     from rich.console import Console

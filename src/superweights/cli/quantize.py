@@ -2,14 +2,16 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
 
-from superweights.cli.ablate import task_records
+from superweights.checkpoint import Checkpoint, ModelReference
+from superweights.checkpoint.copying import check_target
+from superweights.cli.model_card import card_of, settings_of
 from superweights.cli.model_options import (
     DEFAULT_MODEL_OPTIONS,
     FILE,
@@ -22,22 +24,40 @@ from superweights.cli.model_options import (
 )
 from superweights.cli.output import DEFAULT_OUTPUT, OutputSettings, write_text
 from superweights.cli.quantize_tables import show_measured, show_written
+from superweights.cli.task_options import DEFAULT_TASK_OPTIONS, TaskOptions, task_records
 from superweights.cli.text_options import DEFAULT_TEXT_OPTIONS, TextOptions, open_windows
 from superweights.cli.weights_option import weights_of
 from superweights.coordinates import Coordinate
 from superweights.errors import UnknownNameError, UsageError
+from superweights.experiments.activation_quantization import (
+    ActivationSettings,
+    activation_conditions,
+    compare_activation_quantization,
+)
+from superweights.experiments.evaluation import evaluate
+from superweights.experiments.quantization_budget import Allocation, allocate
+from superweights.experiments.weight_quantization import (
+    DEFAULT_CLIP,
+    Comparison,
+    bits_record,
+    compare_weight_quantization,
+    conditions_of,
+    tuned_clip,
+)
+from superweights.integrations.peers import PEERS, peer_records
+from superweights.interventions.conditions import ORIGINAL, Condition, QuantizeWeights
+from superweights.interventions.quantized_checkpoint import (
+    QuantizedCheckpoint,
+    plan_quantized_checkpoint,
+    quantize_checkpoint,
+)
+from superweights.measurements.windows import Windows, split_windows
+from superweights.model.loading import LoadedModel
 from superweights.progress import RichProgress
+from superweights.quantization.clipping import Clip
 from superweights.quantization.scheme import Scheme
 from superweights.results.records import NoteRecord, Record, Run
 from superweights.results.store import STANDARD_STREAM, write_records
-
-if TYPE_CHECKING:
-    from superweights.experiments.quantization_budget import Allocation
-    from superweights.interventions.conditions import QuantizeWeights
-    from superweights.interventions.quantized_checkpoint import QuantizedCheckpoint
-    from superweights.measurements.windows import Windows
-    from superweights.model.loading import LoadedModel
-    from superweights.quantization.clipping import Clip
 
 _BLOCKS = ",".join(f"int4-block{side}x{side}-minmax" for side in (8, 64, 128, 256, 512, 1024))
 """The block sizes of the paper's figure 7 and of its appendix."""
@@ -76,19 +96,13 @@ class QuantizeSettings:
     peers: Annotated[str | None, Parameter(metavar="NAMES")] = None
     """Quantize by other packages as well, with --measure or --compare, in 4 bits: of torchao, bitsandbytes, hqq, quanto,
     llmcompressor-rtn, llmcompressor-gptq, llmcompressor-awq, gptqmodel-rtn, gptqmodel-gptq, auto-round-rtn, auto-round,
-    gguf-q4_0. Each
-    has to be installed, best in an environment of its own; those that are calibrated are so on the last windows."""
+    gguf-q4_0. Each has to be installed, best in an environment of its own; those that are calibrated are so on the last
+    windows."""
     activations: bool = False
     """The paper's tables 3 to 5: weights and activations in 8 bits, plain, by SmoothQuant, and with super activations kept."""
     budget: Annotated[str | None, Parameter(metavar="BITS")] = None
     """Bits per weight, as 4.25 or 4.25bits: choose for every matrix between the scheme, 8 bits and no rounding by measured KL,
     super weights first."""
-    tasks: Annotated[str | None, Parameter(metavar="NAMES")] = None
-    """Zero-shot tasks as well, with --measure, --compare or --activations; see `ablate`. Needs `superweights[eval]`."""
-    tasks_data: Path | None = None
-    """Folder with the tasks as NAME.jsonl files, to run without a network."""
-    limit: int | None = None
-    """At most so many items of each task, the first ones."""
     threads: int | None = None
     """Matrices rounded at once when writing; by default one per core."""
     out: Annotated[str | None, FILE, HYPHEN_ALLOWED] = None
@@ -102,29 +116,38 @@ class QuantizeSettings:
         return self.measure or self.compare or self.activations
 
 
-@Parameter(name="*", negative=(), group="Activations (with --activations)")
-@dataclass(frozen=True, slots=True)
-class ActivationOptions:
-    """How activations are rounded."""
-
-    activation_bits: int = 8
-    """Bits of an activation."""
-    scales: Literal["token", "tensor", "static"] = "token"
-    """What shares a scale: a token (the paper), all tokens of a sequence, or all there will ever be, from a calibration."""
-    median: Literal["token", "tensor"] = "token"
-    """What a super activation takes the median of meanwhile."""
-    attention: bool = False
-    """Round queries, keys, probabilities and values of attention too."""
-    outputs: bool = False
-    """Round what goes into the output projections of attention too; the paper does not list them."""
-    alpha: float = 0.85
-    """How much of the range SmoothQuant moves into weights, 0 to 1."""
-    massive_ratio: float = 20.0
-    """Largest |value| of an input over the median |value| of its token, from which it counts as a super activation."""
-
-
 _DEFAULT_SETTINGS = QuantizeSettings()
-_DEFAULT_ACTIVATIONS = ActivationOptions()
+_DEFAULT_ACTIVATIONS = Parameter(name="*", negative=(), group="Activations (with --activations)")(ActivationSettings)()
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What the command line asks."""
+
+    model: str
+    settings: QuantizeSettings
+    activations: ActivationSettings
+    tasks: TaskOptions
+    text: TextOptions
+    options: ModelOptions
+    schemes: tuple[Scheme, ...]
+
+    @property
+    def reference(self) -> ModelReference:
+        """The model that is quantized."""
+        return ModelReference.parse(self.model, revision=self.options.revision)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is done to the weights, and what led there."""
+
+    how: tuple[QuantizeWeights, ...]
+    weights: tuple[Coordinate, ...] = ()
+    """Those that are kept."""
+    records: tuple[Record, ...] = ()
+    run: Run | None = None
+    """How the records were made; None where no pass was run."""
 
 
 def quantize(
@@ -132,7 +155,8 @@ def quantize(
     /,
     *,
     settings: QuantizeSettings = _DEFAULT_SETTINGS,
-    activations: ActivationOptions = _DEFAULT_ACTIVATIONS,
+    activations: ActivationSettings = _DEFAULT_ACTIVATIONS,
+    tasks: TaskOptions = DEFAULT_TASK_OPTIONS,
     text: TextOptions = DEFAULT_TEXT_OPTIONS,
     options: ModelOptions = DEFAULT_MODEL_OPTIONS,
     output: OutputSettings = DEFAULT_OUTPUT,
@@ -146,29 +170,26 @@ def quantize(
     Args:
         model: A directory, a Hub name or a URL.
     """
-    _check(settings)
+    _check(settings, tasks)
     check_targets(records=settings.out, charts=[settings.plot])
     progress = RichProgress()
-    schemes = _schemes(settings)
-    weights, how, records, run = _prepare(model, settings, activations, text, options, schemes, progress)
-    written: QuantizedCheckpoint | None = None
-    seconds = 0.0
-    if settings.to is not None:
-        started = time.perf_counter()
-        written = _write(model, settings, options, how, weights, records, progress)
-        seconds = time.perf_counter() - started
+    request = _Request(model, settings, activations, tasks, text, options, _schemes(settings))
+    plan = _prepare(request, progress)
+    started = time.perf_counter()
+    written = None if settings.to is None else _write(request, settings.to, plan, progress)
+    seconds = time.perf_counter() - started
     try:
-        _leave(settings, run, records, model)
+        _leave(settings, plan, model)
     finally:  # a full disk must not cost the answer
         if settings.out != STANDARD_STREAM:
             if written is not None and settings.to is not None:
-                show_written(written, model=model, to=settings.to, weights=weights, seconds=seconds, output=output)
-            if records:
-                show_measured(records, model=model, output=output)
+                show_written(written, model=model, to=settings.to, weights=plan.weights, seconds=seconds, output=output)
+            if plan.records:
+                show_measured(plan.records, model=model, output=output)
     return 0
 
 
-def _check(settings: QuantizeSettings) -> None:
+def _check(settings: QuantizeSettings, tasks: TaskOptions) -> None:
     """Refuses requests that contradict themselves, before anything is read."""
     if settings.to is None and not settings.measures and settings.budget is None:
         raise UsageError(
@@ -180,7 +201,7 @@ def _check(settings: QuantizeSettings) -> None:
         raise UsageError(
             "--to writes one model, and --compare and --activations only measure: run one after the other."
         )
-    if settings.tasks and not settings.measures:
+    if tasks.tasks and not settings.measures:
         raise UsageError("--tasks measures: add --measure, --compare or --activations.")
     if settings.peers and not (settings.measure or settings.compare):
         raise UsageError("--peers are measured beside ours: add --measure or --compare.")
@@ -196,123 +217,86 @@ def _schemes(settings: QuantizeSettings) -> tuple[Scheme, ...]:
     return found
 
 
-def _prepare(
-    model: str,
-    settings: QuantizeSettings,
-    activations: ActivationOptions,
-    text: TextOptions,
-    options: ModelOptions,
-    schemes: tuple[Scheme, ...],
-    progress: RichProgress,
-) -> tuple[tuple[Coordinate, ...], "tuple[QuantizeWeights, ...]", list[Record], Run | None]:
+def _prepare(request: _Request, progress: RichProgress) -> _Plan:
     """Which weights are kept, what is done to all others, and what was measured; without a pass where none is needed."""
-    from superweights.interventions.conditions import QuantizeWeights
-
-    records: list[Record] = []
+    settings, scheme = request.settings, request.schemes[0]
     tuned = settings.clip in ("auto", "auto-text")
     if settings.to is not None:
-        _check_writable(model, settings, options, schemes[0])
+        _check_writable(request, settings.to)
     if settings.keep == "none" and not tuned and not settings.measures and settings.budget is None:
-        return (), (QuantizeWeights(schemes[0], clip=_clip(settings.clip)),), records, None
-    with open_model(model, options) as loaded:
-        described = {**asdict(settings), "to": str(settings.to or ""), "tasks_data": str(settings.tasks_data or "")}
-        run = describe_model_run(
-            loaded, options, command=sys.argv, settings={**described, **asdict(activations), **asdict(text)}
-        )
-        weights = () if settings.keep == "none" else weights_of(settings.keep, loaded, options, progress)
-        if not weights and settings.keep != "none":
-            records.append(NoteRecord(level="info", text=f"No super weight candidate in {model}: nothing is kept."))
-        windows = open_windows(loaded, text) if settings.measures or settings.budget or tuned else None
-        clip, windows = _tuned(loaded, settings, schemes[0], weights, windows, records, progress)
-        how: tuple[QuantizeWeights, ...] = (
-            QuantizeWeights(schemes[0], clip=clip, keep=weights, amplify=settings.amplify),
-        )
+        return _Plan((QuantizeWeights(scheme, clip=_clip(settings.clip)),))
+    with open_model(request.model, request.options) as loaded:
+        described = {**asdict(settings), "to": str(settings.to or ""), **request.tasks.described()}
+        described |= {**asdict(request.activations), **asdict(request.text)}
+        run = describe_model_run(loaded, request.options, command=sys.argv, settings=described)
+        weights: tuple[Coordinate, ...] = ()
+        records: list[Record] = []
+        if settings.keep != "none":
+            weights = weights_of(settings.keep, loaded, request.options, progress)
+            none = f"No super weight candidate in {request.model}: nothing is kept."
+            records += [] if weights else [NoteRecord(level="info", text=none)]
+        windows = open_windows(loaded, request.text) if settings.measures or settings.budget or tuned else None
+        clip, windows, tried = _tuned(loaded, request, weights, windows, progress)
+        how: tuple[QuantizeWeights, ...] = (QuantizeWeights(scheme, clip=clip, keep=weights, amplify=settings.amplify),)
+        records += tried
         if settings.budget is not None and windows is not None:
-            how, windows = _allocated(loaded, settings, schemes[0], weights, clip, windows, records, progress)
+            windows, aside = split_windows(windows)
+            found = allocate(
+                loaded,
+                replace(windows, ids=aside),
+                weights,
+                scheme,
+                budget=_bits(settings.budget),
+                clip=clip,
+                progress=progress,
+            )
+            how = found.how(weights)
+            records.append(_allocated(found))
         if settings.measures and windows is not None:
-            _measure(loaded, settings, activations, schemes, weights, how, clip, windows, records, progress)
-        run = add_warnings(run, loaded)
-    return weights, how, records, run
+            records += _measured(loaded, request, weights, how, clip, windows, progress)
+        return _Plan(how, weights, tuple(records), add_warnings(run, loaded))
 
 
-def _check_writable(model: str, settings: QuantizeSettings, options: ModelOptions, scheme: Scheme) -> None:
+def _check_writable(request: _Request, to: Path) -> None:
     """What would stop the writing shows before the forward pass that finds super weights."""
-    from superweights.checkpoint import Checkpoint, ModelReference
-    from superweights.checkpoint.copying import check_target
-    from superweights.interventions.conditions import QuantizeWeights
-    from superweights.interventions.quantized_checkpoint import plan_quantized_checkpoint
-
-    with Checkpoint.open(ModelReference.parse(model, revision=options.revision)) as checkpoint:
-        plan_quantized_checkpoint(checkpoint, [QuantizeWeights(scheme)])
-        check_target(checkpoint, Path(settings.to or "").expanduser().resolve(), overwrite=settings.overwrite)
+    with Checkpoint.open(request.reference) as checkpoint:
+        plan_quantized_checkpoint(checkpoint, [QuantizeWeights(request.schemes[0])])
+        check_target(checkpoint, to.expanduser().resolve(), overwrite=request.settings.overwrite)
 
 
-def _clip(text: str | None) -> "Clip | None":
-    from superweights.quantization.clipping import Clip
-
+def _clip(text: str | None) -> Clip | None:
     return None if text is None else Clip.parse(text)
 
 
 def _tuned(
-    loaded: "LoadedModel",
-    settings: QuantizeSettings,
-    scheme: Scheme,
+    loaded: LoadedModel,
+    request: _Request,
     weights: Sequence[Coordinate],
-    windows: "Windows | None",
-    records: list[Record],
+    windows: Windows | None,
     progress: RichProgress,
-) -> "tuple[Clip | None, Windows | None]":
-    """The clip, tuned where that is asked; windows that tuned it are no longer scored."""
-    from superweights.experiments.activation_quantization import split_windows
-    from superweights.experiments.weight_quantization import tuned_clip
-
-    if settings.clip not in ("auto", "auto-text"):
-        return _clip(settings.clip), windows
+) -> tuple[Clip | None, Windows | None, list[Record]]:
+    """The clip, tuned where that is asked; the windows that did not tune it; what was tried."""
+    how, scheme = request.settings.clip, request.schemes[0]
+    if how not in ("auto", "auto-text"):
+        return _clip(how), windows, []
     aside = None
-    if settings.clip == "auto-text" and windows is not None:
+    if how == "auto-text" and windows is not None:
         windows, ids = split_windows(windows)
         aside = replace(windows, ids=ids)
     clip, tried = tuned_clip(loaded, scheme, weights, windows=aside, progress=progress)
-    records += tried
-    records.append(NoteRecord(level="info", text=f"Clip chosen for {scheme}: {clip}."))
-    return clip, windows
+    return clip, windows, [*tried, NoteRecord(level="info", text=f"Clip chosen for {scheme}: {clip}.")]
 
 
-def _allocated(
-    loaded: "LoadedModel",
-    settings: QuantizeSettings,
-    scheme: Scheme,
-    weights: Sequence[Coordinate],
-    clip: "Clip | None",
-    windows: "Windows",
-    records: list[Record],
-    progress: RichProgress,
-) -> "tuple[tuple[QuantizeWeights, ...], Windows]":
-    from superweights.experiments.activation_quantization import split_windows
-    from superweights.experiments.quantization_budget import allocate
-
-    scored, ids = split_windows(windows)
-    found: Allocation = allocate(
-        loaded,
-        replace(windows, ids=ids),
-        weights,
-        scheme,
-        budget=_bits(str(settings.budget)),
-        clip=clip,
-        progress=progress,
-    )
+def _allocated(found: Allocation) -> NoteRecord:
+    """What each matrix gets, in words."""
     ways: dict[str, list[str]] = {}
     for each in found.choices:
         ways.setdefault(each.what, []).append(each.tensor.removesuffix(".weight"))
     parts = "; ".join(
         f"{what}: {len(names)} ({', '.join(names) if len(names) <= 8 else '...'})" for what, names in ways.items()
     )
-    records.append(
-        NoteRecord(
-            level="info", text=f"{found.bits_per_weight:.4g} of {found.budget:g} bits per weight are used. {parts}."
-        )
-    )
-    return found.how(weights), scored
+    used = f"{found.bits_per_weight:.4g} of {found.budget:g} bits per weight are used."
+    return NoteRecord(level="info", text=f"{used} {parts}.")
 
 
 def _bits(text: str) -> float:
@@ -322,124 +306,81 @@ def _bits(text: str) -> float:
         raise UsageError(f"--budget {text} is no number of bits per weight. Write 4.25 or 4.25bits.") from error
 
 
-def _measure(
-    loaded: "LoadedModel",
-    settings: QuantizeSettings,
-    activations: ActivationOptions,
-    schemes: tuple[Scheme, ...],
+def _measured(
+    loaded: LoadedModel,
+    request: _Request,
     weights: Sequence[Coordinate],
-    how: "tuple[QuantizeWeights, ...]",
-    clip: "Clip | None",
-    windows: "Windows",
-    records: list[Record],
+    how: tuple[QuantizeWeights, ...],
+    clip: Clip | None,
+    windows: Windows,
     progress: RichProgress,
-) -> None:
-    """Adds what was measured."""
-    from superweights.experiments import activation_quantization as w8a8
-    from superweights.experiments.evaluation import evaluate
-    from superweights.experiments.weight_quantization import (
-        DEFAULT_CLIP,
-        Comparison,
-        bits_record,
-        compare_weight_quantization,
-        conditions_of,
-    )
-    from superweights.interventions.conditions import ORIGINAL, Condition
-
+) -> Iterator[Record]:
+    """What was asked to be measured."""
+    settings, schemes = request.settings, request.schemes
     if settings.activations:
-        scored, calibration = w8a8.split_windows(windows)
-        chosen = w8a8.ActivationSettings(
-            schemes[0],
-            activations.activation_bits,
-            activations.scales,
-            activations.median,
-            activations.attention,
-            activations.outputs,
-            activations.alpha,
-            activations.massive_ratio,
-        )
-        conditions = w8a8.activation_conditions(loaded, calibration, chosen)
-        records += w8a8.compare_activation_quantization(loaded, scored, conditions, progress=progress)
-        records += task_records(loaded, settings, conditions.conditions, progress)
+        windows, calibration = split_windows(windows)
+        made = activation_conditions(loaded, calibration, request.activations, weights=schemes[0])
+        yield from compare_activation_quantization(loaded, windows, made, progress=progress)
+        yield from task_records(loaded, request.tasks, made.conditions, progress)
         return
-    if settings.compare:
-        comparison = Comparison(
-            schemes, tuple(settings.methods.split(",")), clip or DEFAULT_CLIP, settings.largest, settings.amplify
-        )
-        made_of = conditions_of(comparison, weights)  # a wrong name shows before a peer starts
-        peers, windows = _peer_records(loaded, settings, windows)
-        records += compare_weight_quantization(loaded, windows, weights, comparison, progress=progress)
-        records += peers
-        records += task_records(loaded, settings, made_of, progress)
-        return
-    peers, windows = _peer_records(loaded, settings, windows)
-    plain = Condition(f"{schemes[0]}, rtn", (replace(how[0], clip=None, keep=(), amplify=1.0, only=None),))
-    made = Condition(_name(settings, schemes[0], weights, clip), how)
-    conditions_made = [ORIGINAL, plain] if made.interventions == plain.interventions else [ORIGINAL, plain, made]
-    records += evaluate(loaded, windows, conditions_made, progress=progress).records()
-    records += (bits_record(loaded, each) for each in conditions_made[1:])
-    records += peers
-    records += task_records(loaded, settings, conditions_made, progress)
-
-
-def _peer_records(
-    loaded: "LoadedModel", settings: QuantizeSettings, windows: "Windows"
-) -> "tuple[list[Record], Windows]":
-    """What other packages' models score, and the windows that none of them was calibrated on."""
-    from superweights.experiments.activation_quantization import split_windows
-    from superweights.integrations.peers import PEERS, peer_records
-
     names = settings.peers.split(",") if settings.peers else []
     for name in names:
         if name not in PEERS:
             raise UnknownNameError.among("peer", name, PEERS)
-    if not names:
-        return [], windows
-    scored, calibration = split_windows(windows)
-    return [record for name in names for record in peer_records(name, loaded, scored, calibration)], scored
+    methods = tuple(settings.methods.split(","))
+    comparison = Comparison(schemes, methods, clip or DEFAULT_CLIP, settings.largest, settings.amplify)
+    conditions = conditions_of(comparison, weights) if settings.compare else _conditions(request, weights, how, clip)
+    peers: list[Record] = []
+    if names:
+        windows, calibration = split_windows(windows)
+        peers = [record for name in names for record in peer_records(name, loaded, windows, calibration)]
+    if settings.compare:
+        yield from compare_weight_quantization(loaded, windows, weights, comparison, progress=progress)
+    else:
+        yield from evaluate(loaded, windows, conditions, progress=progress).records()
+        yield from (bits_record(loaded, each) for each in conditions[1:])
+    yield from peers
+    yield from task_records(loaded, request.tasks, conditions, progress)
 
 
-def _name(settings: QuantizeSettings, scheme: Scheme, weights: Sequence[Coordinate], clip: "Clip | None") -> str:
+def _conditions(
+    request: _Request, weights: Sequence[Coordinate], how: tuple[QuantizeWeights, ...], clip: Clip | None
+) -> tuple[Condition, ...]:
+    """The original, plain rounding, and what was asked for where that is more."""
+    scheme = request.schemes[0]
+    plain = Condition(f"{scheme}, rtn", (replace(how[0], clip=None, keep=(), amplify=1.0, only=None),))
+    made = Condition(_name(request.settings, scheme, weights, clip), how)
+    return (ORIGINAL, plain) if made.interventions == plain.interventions else (ORIGINAL, plain, made)
+
+
+def _name(settings: QuantizeSettings, scheme: Scheme, weights: Sequence[Coordinate], clip: Clip | None) -> str:
     if settings.budget is not None:
         return f"{scheme}, budget {_bits(settings.budget):g} bits"
     parts = [f"clip {clip}" if clip else "", "keep" if weights else "", f"x {settings.amplify:g}" if weights else ""]
     return f"{scheme}, {' + '.join(each for each in parts if each and each != 'x 1') or 'rtn'}"
 
 
-def _write(
-    model: str,
-    settings: QuantizeSettings,
-    options: ModelOptions,
-    how: "tuple[QuantizeWeights, ...]",
-    weights: Sequence[Coordinate],
-    records: Sequence[Record],
-    progress: RichProgress,
-) -> "QuantizedCheckpoint":
-    from superweights.checkpoint import ModelReference
-    from superweights.cli.model_card import card_of, settings_of
-    from superweights.interventions.quantized_checkpoint import quantize_checkpoint
-
-    assert settings.to is not None
+def _write(request: _Request, to: Path, plan: _Plan, progress: RichProgress) -> QuantizedCheckpoint:
     return quantize_checkpoint(
-        ModelReference.parse(model, revision=options.revision),
-        settings.to,
-        how,
-        settings=settings_of(model, how),
-        card=card_of(model, how, records),
-        overwrite=settings.overwrite,
-        threads=settings.threads,
+        request.reference,
+        to,
+        plan.how,
+        settings=settings_of(request.model, plan.how),
+        card=card_of(request.model, plan.how, plan.records),
+        overwrite=request.settings.overwrite,
+        threads=request.settings.threads,
         progress=progress,
     )
 
 
-def _leave(settings: QuantizeSettings, run: Run | None, records: Sequence[Record], model: str) -> None:
+def _leave(settings: QuantizeSettings, plan: _Plan, model: str) -> None:
     from superweights.report.saving import save_chart
 
     if settings.out is not None:
-        if run is None:
+        if plan.run is None:
             write_text("Nothing was measured, so there are no records.\n")
         else:
-            write_records(settings.out, run, records)
+            write_records(settings.out, plan.run, plan.records)
     if settings.plot is None:
         return
     if settings.activations:
@@ -450,4 +391,4 @@ def _leave(settings: QuantizeSettings, run: Run | None, records: Sequence[Record
         from superweights.report.weight_quantization import weight_quantization_chart as chart
 
         title = "Rounding weights"
-    save_chart(chart(records, title=title, model=model), settings.plot)
+    save_chart(chart(plan.records, title=title, model=model), settings.plot)

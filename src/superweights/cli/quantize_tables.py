@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from superweights.cli.output import OutputSettings, write_rows, write_table, write_text
+from superweights.cli.output import OutputSettings, with_interval, write_rows, write_table, write_text
+from superweights.cli.task_options import write_tasks
 from superweights.coordinates import Coordinate
 from superweights.results.records import MeasurementRecord, NoteRecord, Record
 
@@ -64,8 +65,7 @@ def show_measured(records: Sequence[Record], *, model: str, output: OutputSettin
     tasks = [each for each in measured if each.subject and each.name not in _AROUND]
     if whole:
         text = next((f"; {each.count} windows of {each.dataset}" for each in whole if each.dataset), "")
-        rows = _rows(whole, {name: heading for name, heading in _COLUMNS.items()})
-        write_table(rows, title=f"{model}{text}. In brackets: 95 % intervals.")
+        write_table(_rows(whole), title=f"{model}{text}. In brackets: 95 % intervals.")
     if around:
         rows = [
             {"condition": condition, "weight": weight, **{_AROUND[each.name]: _around(each) for each in group}}
@@ -73,21 +73,16 @@ def show_measured(records: Sequence[Record], *, model: str, output: OutputSettin
         ]
         write_text("\n")
         write_table(rows, title="What plain rounding does to each super weight, and to those that share its scale.")
-    if tasks:
-        from superweights.cli.ablate import task_row
-
-        write_text("\n")
-        names = dict.fromkeys(each.condition for each in tasks)
-        rows = [task_row(name, [each for each in tasks if each.condition == name]) for name in names]
-        write_table(rows, title="Zero-shot tasks: acc, with its standard error.")
+    write_tasks(tasks)
     write_text("".join(f"\n{each.text}\n" for each in records if isinstance(each, NoteRecord)))
 
 
-def _rows(measured: Sequence[MeasurementRecord], columns: dict[str, str]) -> list[dict[str, object]]:
+def _rows(measured: Sequence[MeasurementRecord]) -> list[dict[str, object]]:
     rows: dict[str, dict[str, object]] = {}
     for each in measured:
-        rows.setdefault(each.condition, {"condition": each.condition})[columns.get(each.name, each.name)] = _cell(each)
-    order = ["condition", *columns.values()]
+        row = rows.setdefault(each.condition, {"condition": each.condition})
+        row[_COLUMNS.get(each.name, each.name)] = with_interval(each.value, each.interval)
+    order = ["condition", *_COLUMNS.values()]
     return [{key: row[key] for key in order if key in row} for row in rows.values()]
 
 
@@ -100,8 +95,3 @@ def _grouped(measured: Sequence[MeasurementRecord]) -> dict[tuple[str, str], lis
 
 def _around(each: MeasurementRecord) -> str:
     return f"{100 * each.value:.3g} %" if each.name == "weight_error" else f"x {each.value:.3g}"
-
-
-def _cell(record: MeasurementRecord) -> str:
-    interval = "" if record.interval is None else f" ({record.interval[0]:.4g} to {record.interval[1]:.4g})"
-    return f"{record.value:.4g}{interval}"

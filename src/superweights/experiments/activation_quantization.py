@@ -5,14 +5,13 @@ replaced before rounding and restored after. Where super activations sit is meas
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from superweights.errors import UsageError
 from superweights.experiments.evaluation import Evaluation, evaluate, measurement
 from superweights.interventions.conditions import (
     ORIGINAL,
@@ -40,9 +39,7 @@ NAIVE, SMOOTHED, KEPT = "naive W8A8", "SmoothQuant", "super activation kept"
 class ActivationSettings:
     """How activations are rounded."""
 
-    weights: Scheme = field(default_factory=lambda: Scheme("int", 8, "tensor"))
-    """How weights are rounded beside; the paper: 8 bits, one scale for a tensor."""
-    bits: int = 8
+    activation_bits: int = 8
     """Bits of an activation."""
     scales: Literal["token", "tensor", "static"] = "token"
     """What shares a scale: a token (the paper), all tokens of a sequence, or all there will ever be, from the calibration."""
@@ -59,6 +56,8 @@ class ActivationSettings:
 
 
 _DEFAULT = ActivationSettings()
+PAPER_WEIGHTS = Scheme("int", 8, "tensor")
+"""How the paper rounds weights beside activations: 8 bits, one scale for a tensor."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,11 @@ class ActivationConditions:
 
 
 def activation_conditions(
-    model: LoadedModel, calibration: torch.Tensor, settings: ActivationSettings = _DEFAULT
+    model: LoadedModel,
+    calibration: torch.Tensor,
+    settings: ActivationSettings = _DEFAULT,
+    *,
+    weights: Scheme = PAPER_WEIGHTS,
 ) -> ActivationConditions:
     """Original, weights only, naive W8A8, SmoothQuant where it can be applied, super activation kept.
 
@@ -80,7 +83,8 @@ def activation_conditions(
         model: the model.
         calibration: token ids [sequences, tokens], of other text than is scored: where super activations sit, and how large
             channels get.
-        settings: how.
+        settings: how activations are rounded.
+        weights: how weights are rounded beside.
 
     Raises:
         UnsupportedArchitectureError: the model has no linear layer whose input can be rounded.
@@ -98,7 +102,7 @@ def activation_conditions(
     notes = [NoteRecord(level="info", text=text)]
     if reason:
         notes.append(NoteRecord(level="warning", text=f"SmoothQuant cannot be applied to {model.name}: {reason}"))
-    return ActivationConditions(_conditions(inputs, factors, settings), tuple(notes))
+    return ActivationConditions(_conditions(inputs, factors, settings, QuantizeWeights(weights)), tuple(notes))
 
 
 def compare_activation_quantization(
@@ -129,13 +133,15 @@ def compare_activation_quantization(
 
 
 def _conditions(
-    inputs: Sequence[LinearInput], factors: dict[str, torch.Tensor] | None, settings: ActivationSettings
+    inputs: Sequence[LinearInput],
+    factors: dict[str, torch.Tensor] | None,
+    settings: ActivationSettings,
+    weights: QuantizeWeights,
 ) -> tuple[Condition, ...]:
-    weights = QuantizeWeights(settings.weights)
     span: Span = "token" if settings.scales == "token" else "tensor"
     plain = tuple(_rounded_input(each, settings, kept=False) for each in inputs)
     kept = tuple(_rounded_input(each, settings, kept=True) for each in inputs)
-    naive = QuantizeActivations(plain, settings.bits, span, settings.median, settings.attention)
+    naive = QuantizeActivations(plain, settings.activation_bits, span, settings.median, settings.attention)
     found = [
         ORIGINAL,
         Condition("weights only", (weights,)),
@@ -159,7 +165,7 @@ def _rounded_input(
         return RoundedInput(each.module, channel)
     largest = float((each.sizes if factors is None else each.sizes / factors).max())
     largest = each.largest_but_one if channel is not None else largest
-    return RoundedInput(each.module, channel, largest / ((1 << (settings.bits - 1)) - 1))
+    return RoundedInput(each.module, channel, largest / ((1 << (settings.activation_bits - 1)) - 1))
 
 
 def _smoothing(inputs: Sequence[LinearInput], alpha: float) -> tuple[dict[str, torch.Tensor] | None, str | None]:
@@ -223,18 +229,3 @@ def _share(naive: Nats, kept: Nats, reference: Nats) -> Interval:
         return float((first - second) / (first - third)) if first != third else float("nan")
 
     return bootstrap(np.stack([naive, kept, reference], 1), share)
-
-
-def split_windows(windows: Windows, *, calibration: int = 8) -> tuple[Windows, torch.Tensor]:
-    """Windows to score, and the last ones of the same text to calibrate on, at most a quarter of all.
-
-    Raises:
-        UsageError: there are fewer than two windows.
-    """
-    count = len(windows.ids)
-    if count < 2:
-        raise UsageError(
-            "Calibrating needs a window of text beside those that are scored. Use shorter windows (--length)."
-        )
-    aside = max(1, min(calibration, count // 4))
-    return replace(windows, ids=windows.ids[:-aside]), windows.ids[-aside:]

@@ -16,7 +16,7 @@ from superweights.detection.search import default_prompts, find
 from superweights.errors import CoordinateError, UsageError
 from superweights.experiments.evaluation import Evaluation, evaluate_in_parts, measurement
 from superweights.interventions.conditions import ORIGINAL, Condition, removal
-from superweights.measurements.intervals import Interval, perplexity
+from superweights.measurements.intervals import exact, perplexity
 from superweights.measurements.scores import Scores
 from superweights.measurements.windows import Windows
 from superweights.model.loading import LoadedModel
@@ -262,6 +262,5 @@ def _record(
     name: str, value: float, weight: Coordinate, condition: str, *, unit: str = "1", count: int = 1
 ) -> MeasurementRecord:
     """A number that is exact for these models, so it has no interval."""
-    known = Interval(value, math.nan, math.nan, math.nan, 1)
-    record = measurement(name, known, unit=unit, condition=Condition(condition), subject=str(weight))
+    record = measurement(name, exact(value), unit=unit, condition=Condition(condition), subject=str(weight))
     return record.model_copy(update={"count": count})

@@ -7,6 +7,7 @@ from superweights.checkpoint.stored_matrices import StoredMatrix, checkpoint_mat
 from superweights.coordinates import Coordinate
 from superweights.errors import UsageError
 from superweights.experiments.evaluation import evaluate
+from superweights.experiments.weight_quantization import checkpoint_of
 from superweights.interventions.conditions import ORIGINAL, Condition, QuantizeWeights
 from superweights.interventions.weights import locate_stored
 from superweights.measurements.windows import Windows
@@ -88,9 +89,7 @@ def allocate(
     Raises:
         UsageError: the budget is below what `scheme` takes alone, or a scheme does not fit.
     """
-    if model.checkpoint is None:
-        raise UsageError(f"Quantizing {model.name}: it was in memory already. Load it from its checkpoint.")
-    checkpoint = model.checkpoint
+    checkpoint = checkpoint_of(model)
     fine = fine or replace(scheme, kind="int", bits=8)
     matrices = checkpoint_matrices(checkpoint)
     total = sum(each.numel for each in matrices)

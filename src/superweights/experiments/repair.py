@@ -18,7 +18,7 @@ from superweights.experiments.column_patch import fit_column_patches
 from superweights.experiments.evaluation import Evaluation, evaluate, evaluate_in_parts, measurement
 from superweights.interventions.conditions import ORIGINAL, AddToWeights, Condition, ScaleWeights
 from superweights.interventions.rows import applied
-from superweights.measurements.intervals import Interval
+from superweights.measurements.intervals import Interval, exact
 from superweights.measurements.scores import Scores
 from superweights.measurements.windows import Windows
 from superweights.model.loading import LoadedModel
@@ -259,5 +259,4 @@ def recovered(repaired: ArrayLike, destroyed: ArrayLike, original: ArrayLike, *,
 
 
 def _exact(name: str, value: float, condition: Condition, weight: Coordinate) -> Record:
-    known = Interval(value, math.nan, math.nan, math.nan, 1)
-    return measurement(name, known, unit="1", condition=condition, subject=str(weight))
+    return measurement(name, exact(value), unit="1", condition=condition, subject=str(weight))

@@ -5,7 +5,7 @@ weight. Keeping as many of the largest other weights instead is the control.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,7 +16,7 @@ from superweights.errors import UnknownNameError, UsageError
 from superweights.experiments.evaluation import Evaluation, evaluate, measurement
 from superweights.interventions.conditions import ORIGINAL, Condition, QuantizeWeights
 from superweights.interventions.weights import locate_stored
-from superweights.measurements.intervals import Interval
+from superweights.measurements.intervals import exact
 from superweights.measurements.windows import Windows
 from superweights.model.loading import LoadedModel
 from superweights.progress import NO_PROGRESS, Progress
@@ -35,6 +35,8 @@ METHODS = {
     "largest": "round with the largest weights of every matrix held out instead, then put them back",
 }
 """What is compared, by name."""
+_KEEPING = ("keep", "clip+keep", "paper")
+"""Methods that keep super weights."""
 DEFAULT_CLIP = Clip("z", 9.0)
 """The default of the paper's code."""
 _PLACE_BITS = 64
@@ -68,8 +70,7 @@ def conditions_of(comparison: Comparison, weights: Sequence[Coordinate]) -> tupl
     for method in comparison.methods:
         if method not in METHODS:
             raise UnknownNameError.among("method", method, METHODS)
-    keeping = ("keep", "clip+keep", "paper")
-    methods = [each for each in comparison.methods if weights or each not in keeping]
+    methods = [each for each in comparison.methods if weights or each not in _KEEPING]
     made = [
         _condition(scheme, method, comparison, tuple(weights)) for scheme in comparison.schemes for method in methods
     ]
@@ -77,7 +78,7 @@ def conditions_of(comparison: Comparison, weights: Sequence[Coordinate]) -> tupl
 
 
 def _condition(scheme: Scheme, method: str, comparison: Comparison, weights: tuple[Coordinate, ...]) -> Condition:
-    keep = weights if method in ("keep", "clip+keep", "paper") else ()
+    keep = weights if method in _KEEPING else ()
     how = QuantizeWeights(
         scheme,
         clip=comparison.clip if method in ("clip", "clip+keep", "paper") else None,
@@ -125,13 +126,13 @@ def compare_weight_quantization(
     for condition in conditions[1:]:
         yield bits_record(model, condition)
     for scheme in comparison.schemes if "rtn" in comparison.methods else ():
-        yield from _around(_checkpoint(model), scheme, weights)
+        yield from _around(checkpoint_of(model), scheme, weights)
     yield from _notes(found)
 
 
 def bits_record(model: LoadedModel, condition: Condition) -> MeasurementRecord:
     """Stored bits per weight of the matrices of the decoder layers, scales and kept weights included."""
-    checkpoint = _checkpoint(model)
+    checkpoint = checkpoint_of(model)
     bits = weights = 0.0
     how = [each for each in condition.interventions if isinstance(each, QuantizeWeights)]
     for matrix in checkpoint_matrices(checkpoint):
@@ -142,11 +143,7 @@ def bits_record(model: LoadedModel, condition: Condition) -> MeasurementRecord:
         bits += per_weight * matrix.numel + kept * (stored + _PLACE_BITS)
         weights += matrix.numel
     bits += sum(len(each.keep) for each in how) * (16 + _PLACE_BITS)
-    return measurement("bits_per_weight", _sure(bits / weights), unit="bits", condition=condition)
-
-
-def _sure(value: float) -> Interval:
-    return Interval(value, 0.0, value, value, 1)
+    return measurement("bits_per_weight", exact(bits / weights), unit="bits", condition=condition)
 
 
 def _notes(found: Evaluation) -> Iterator[NoteRecord]:
@@ -155,8 +152,7 @@ def _notes(found: Evaluation) -> Iterator[NoteRecord]:
     for name, condition in by_name.items():
         scheme, _, method = name.partition(", ")
         without = by_name.get(f"{scheme}, {'rtn' if method == 'keep' else 'clip'}")
-        keeps = method in ("keep", "clip+keep", "paper")
-        if keeps and without is not None and found.nll(condition) == found.nll(without):
+        if method in _KEEPING and without is not None and found.nll(condition) == found.nll(without):
             yield NoteRecord(level="info", text=f"{name} is a no-op: every window is predicted as with {without.name}.")
 
 
@@ -167,7 +163,7 @@ def _around(checkpoint: Checkpoint, scheme: Scheme, weights: Sequence[Coordinate
         error = rounding_error(checkpoint, coordinate, scheme)
         values = {"weight_error": (error.weight, "proportion"), "neighbour_error_ratio": (error.neighbours, "1")}
         for name, (value, unit) in values.items():
-            yield measurement(name, _sure(value), unit=unit, condition=condition, subject=str(coordinate))
+            yield measurement(name, exact(value), unit=unit, condition=condition, subject=str(coordinate))
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,17 +191,16 @@ def rounding_error(checkpoint: Checkpoint, coordinate: Coordinate, scheme: Schem
     stored = checkpoint.view(tensor)
     weights = stored[index[0]] if len(index) == 3 else stored
     weights = weights.t() if matrix.transposed else weights
-    place = coordinate.row * matrix.cols + coordinate.col
-    group = int((to_groups(torch.arange(weights.numel()).view(weights.shape), scheme) == place).any(1).nonzero()[0])
-    plain, held = (rounded(weights, scheme, kept=kept) for kept in ((), (place,)))
-    errors = [(to_groups(each.float() - weights.float(), scheme)[group]).square() for each in (plain, held)]
-    original = weights[coordinate.row, coordinate.col].float()
-    moved = float((plain[coordinate.row, coordinate.col].float() - original).abs() / original.abs())
-    others = [float(each.sum()) for each in errors]
-    others[0] -= float((plain[coordinate.row, coordinate.col].float() - original).square())
-    ratio = (others[1] / others[0]) ** 0.5 if others[0] > 0 else 1.0
+    marked = torch.zeros(weights.shape, dtype=torch.bool)
+    marked[coordinate.row, coordinate.col] = True
+    group, place = to_groups(marked, scheme).nonzero()[0].tolist()
+    shared = to_groups(weights, scheme)[group][None]  # [1, weights that share its scale]
+    alone = replace(scheme, sharing="row", size=(0, 0))
+    found = [rounded(shared, alone, kept=kept)[0].float() - shared[0].float() for kept in ((), (place,))]
+    moved = float((found[0][place] / shared[0, place]).abs())
+    plain, held = (float(each.square().sum() - each[place].square()) for each in found)
     checkpoint.drop((tensor,))
-    return RoundingError(moved, ratio, scheme.weights_per_scale(matrix.rows, matrix.cols))
+    return RoundingError(moved, (held / plain) ** 0.5 if plain > 0 else 1.0, shared.shape[1])
 
 
 def tuned_clip(
@@ -237,7 +232,7 @@ def tuned_clip(
     ]
     if windows is None:
         errors = _weight_errors(model, scheme, weights, clips, progress)
-        values = [_sure(each) for each in errors]
+        values = [exact(each) for each in errors]
         name, unit = "weight_error", "proportion"
     else:
         found = evaluate(model, windows, [ORIGINAL, *conditions], progress=progress)
@@ -256,15 +251,15 @@ def _weight_errors(
     model: LoadedModel, scheme: Scheme, weights: Sequence[Coordinate], clips: Sequence[Clip], progress: Progress
 ) -> list[float]:
     """Squared error over squared weights, kept ones left out, of all matrices for each clip."""
-    checkpoint = _checkpoint(model)
+    checkpoint = checkpoint_of(model)
+    matrices = checkpoint_matrices(checkpoint)
     kept: dict[tuple[str, int | None], list[int]] = {}
-    cols = {each.tensor: each.cols for each in checkpoint_matrices(checkpoint)}
+    cols = {each.tensor: each.cols for each in matrices}
     for coordinate in weights:
         tensor, index = locate_stored(checkpoint, coordinate)
         part = index[0] if len(index) == 3 else None
         kept.setdefault((tensor, part), []).append(coordinate.row * cols[tensor] + coordinate.col)
     sums, total = [0.0] * len(clips), 0.0
-    matrices = checkpoint_matrices(checkpoint)
     progress.start("tuning the clip", total=len(matrices), unit="matrices")
     try:
         for matrix in matrices:
@@ -286,7 +281,12 @@ def _weight_errors(
     return [each / total for each in sums]
 
 
-def _checkpoint(model: LoadedModel) -> Checkpoint:
+def checkpoint_of(model: LoadedModel) -> Checkpoint:
+    """The files of a model.
+
+    Raises:
+        UsageError: it was in memory already.
+    """
     if model.checkpoint is None:
         raise UsageError(f"Quantizing {model.name}: it was in memory already. Load it from its checkpoint.")
     return model.checkpoint

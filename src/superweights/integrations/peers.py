@@ -24,7 +24,7 @@ from torch import nn
 from superweights.errors import ModelError, UnknownNameError, UsageError
 from superweights.experiments.evaluation import TOKENS_PER_PASS, Evaluation, evaluate_in_parts, measurement
 from superweights.interventions.conditions import ORIGINAL, Condition, LoadWeights
-from superweights.measurements.intervals import Interval
+from superweights.measurements.intervals import exact
 from superweights.measurements.scores import Scores, score_states
 from superweights.measurements.windows import DEFAULT_LENGTH, Windows
 from superweights.model.loading import LoadedModel
@@ -186,8 +186,7 @@ def peer_records(
     before = Scores.joined(list(evaluate_in_parts(original, windows, [ORIGINAL])), dim=1)
     scores = Scores.joined([before, score_peer(made, original, windows)], dim=0)
     yield from Evaluation((ORIGINAL, condition), scores, windows).records_of(condition)
-    bits = Interval(peer.bits_per_weight, 0.0, peer.bits_per_weight, peer.bits_per_weight, 1)
-    yield measurement("bits_per_weight", bits, unit="bits", condition=condition)
+    yield measurement("bits_per_weight", exact(peer.bits_per_weight), unit="bits", condition=condition)
 
 
 def _directory(model: LoadedModel | Path) -> Path:

@@ -13,8 +13,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -31,10 +29,10 @@ from safetensors.torch import load_file, save
 
 from superweights import __version__
 from superweights.checkpoint import Checkpoint, ModelReference
-from superweights.checkpoint.copying import put_in_place, sync_folder
+from superweights.checkpoint.copying import new_folder, sync_folder, write_file
 from superweights.checkpoint.header import load_json
 from superweights.checkpoint.packed.reading import read_packed_matrix
-from superweights.checkpoint.stored_projection import layer_tensors, text_config
+from superweights.checkpoint.stored_projection import layer_tensors, model_type_of, text_config
 from superweights.coordinates import Coordinate
 from superweights.errors import (
     MalformedFileError,
@@ -223,7 +221,7 @@ def plan_adapter(
         )
     original.checkpoint.require_plain("restoring exact values")
     quantized.require_fit(original)
-    architecture = str(text_config(original.checkpoint.config).get("model_type"))
+    architecture = model_type_of(original.checkpoint.config)
     if form == "gguf":
         architecture = quantized.architecture or _gguf_architecture(architecture)
     grouped: defaultdict[DownProjection, list[Coordinate]] = defaultdict(list)
@@ -395,7 +393,7 @@ class QuantizedFiles:
             UsageError: the model types or the numbers of layers differ.
         """
         assert original.checkpoint is not None
-        types = [_model_type(each) for each in (self.checkpoint, original.checkpoint)]
+        types = [model_type_of(each.config) for each in (self.checkpoint, original.checkpoint)]
         shapes = {name: entry.shape for name, entry in self.checkpoint.tensors.items()}
         layers = len(layer_tensors(shapes, self.checkpoint.config)), original.architecture.layer_count
         if types[0] != types[1] or layers[0] != layers[1]:
@@ -465,7 +463,7 @@ class _GgufFile(QuantizedFiles):
 
     def require_fit(self, original: LoadedModel) -> None:
         assert original.checkpoint is not None
-        model_type = _model_type(original.checkpoint)
+        model_type = model_type_of(original.checkpoint.config)
         expected = _GGUF_ARCHITECTURES.get(model_type, model_type)
         known = expected in _gguf().MODEL_ARCH_NAMES.values()
         layers = original.architecture.layer_count
@@ -511,10 +509,6 @@ def open_quantized(name: str | Path, *, revision: str | None = None) -> Iterator
         yield QuantizedFiles(checkpoint)
 
 
-def _model_type(checkpoint: Checkpoint) -> str:
-    return str(text_config(checkpoint.config).get("model_type", checkpoint.config.get("model_type")))
-
-
 # Writing and reading back.
 
 
@@ -532,28 +526,20 @@ def write_adapter(adapter: Adapter, to: str | Path) -> int:
         raise UsageError(f"Writing an adapter for {adapter.quantized.name}: there is nothing to restore.")
     target = Path(to).expanduser().resolve()
     require_free(target)
-    folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
-        folder.mkdir(parents=True)
-        _write_tensors(adapter, folder / _FILES[adapter.form])
-        texts = {_RECORD: _record(adapter)}
-        if adapter.form == "peft":
-            texts["adapter_config.json"] = _peft_config(adapter)
-        for name, content in texts.items():
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for each in folder.iterdir():
-            _sync(each)
-        sync_folder(folder)
-        nbytes = (folder / _FILES[adapter.form]).stat().st_size
-        put_in_place(folder, target)
+        with new_folder(target) as folder:
+            _write_tensors(adapter, folder / _FILES[adapter.form])
+            texts = {_RECORD: _record(adapter)}
+            if adapter.form == "peft":
+                texts["adapter_config.json"] = _peft_config(adapter)
+            for name, content in texts.items():
+                write_file(folder / name, [json.dumps(content, indent=2).encode(), b"\n"])
         sync_folder(target.parent)
+        return (target / _FILES[adapter.form]).stat().st_size
     except OSError as error:
         raise RecordError(
             f"Cannot write an adapter to {to}: {error.strerror}. Nothing was changed there. Give a folder that you can write."
         ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return nbytes
 
 
 def require_free(to: str | Path) -> None:
@@ -621,7 +607,7 @@ def _require_tensors(adapter: Adapter, file: Path) -> None:
 def _write_tensors(adapter: Adapter, file: Path) -> None:
     tensors = adapter.tensors()
     if adapter.form == "peft":
-        file.write_bytes(save(tensors, metadata={"format": "pt"}))
+        write_file(file, [save(tensors, metadata={"format": "pt"})])
         return
     gguf = _gguf()
     writer = gguf.GGUFWriter(file, adapter.architecture)
@@ -634,6 +620,8 @@ def _write_tensors(adapter: Adapter, file: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    with file.open("rb+") as written:
+        os.fsync(written.fileno())
 
 
 def _read_gguf(file: Path) -> dict[str, torch.Tensor]:
@@ -721,11 +709,6 @@ def _parsed(record: Mapping[str, Any], *, file: str) -> Adapter:
     if not sound:
         raise MalformedFileError(f"{file} contradicts itself. Make the adapter again.")
     return adapter
-
-
-def _sync(file: Path) -> None:
-    with file.open("rb+") as opened:
-        os.fsync(opened.fileno())
 
 
 # llama.cpp's names.

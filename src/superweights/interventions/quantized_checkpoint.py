@@ -16,17 +16,17 @@ import torch
 from superweights.checkpoint import Checkpoint, ModelReference
 from superweights.checkpoint.converting import NewTensor, Replacement, convert_checkpoint
 from superweights.checkpoint.stored_matrices import StoredMatrix, checkpoint_matrices
-from superweights.checkpoint.stored_projection import text_config
+from superweights.checkpoint.stored_projection import model_type_of
 from superweights.coordinates import Coordinate
 from superweights.errors import NonFiniteWeightsError, UsageError
 from superweights.interventions.conditions import QuantizeWeights
-from superweights.interventions.weights import locate_stored
+from superweights.interventions.weights import check_fit, locate_stored
 from superweights.progress import NO_PROGRESS, Progress
 from superweights.quantization.packing import pack, packed_cols
 from superweights.quantization.rounding import Quantized, quantize
 from superweights.quantization.scheme import Scheme
 
-_ZERO_POINT_SHARES = ("row", "group")
+_PACKED_SHARINGS = ("row", "group")
 _HEADS = (
     "lm_head", "lm_head.decoder", "generator_lm_head", "cls.predictions.decoder", "output_projection", "embed_out", "decoder",
     "proj_out", "head", "output",
@@ -144,12 +144,7 @@ def plan_quantized_checkpoint(checkpoint: Checkpoint, how: Sequence[QuantizeWeig
         raise UsageError(f"Quantizing {checkpoint.reference}: {what}. `--measure` evaluates it without writing.")
     _check_experts(checkpoint, matrices, quantized, packs)
     for name, scheme in quantized.items():
-        matrix = matrices[name]
-        fault = scheme.fault(matrix.rows, matrix.cols)
-        if fault:
-            raise UsageError(
-                f"Quantizing {checkpoint.reference} by {scheme}: {name} has {matrix.rows} x {matrix.cols} weights; {fault}."
-            )
+        check_fit(scheme, matrices[name], str(checkpoint.reference))
     old = {name: entry.nbytes for name, entry in checkpoint.tensors.items()}
     new = {
         name: sum(each.nbytes for each in _new_tensors(checkpoint, matrices[name], scheme))
@@ -167,7 +162,7 @@ def plan_quantized_checkpoint(checkpoint: Checkpoint, how: Sequence[QuantizeWeig
 
 def _check_packable(checkpoint: Checkpoint, how: QuantizeWeights) -> None:
     fault = None
-    if how.scheme.kind != "int" or how.scheme.sharing not in _ZERO_POINT_SHARES or how.scheme.offset == "minmax":
+    if how.scheme.kind != "int" or how.scheme.sharing not in _PACKED_SHARINGS or how.scheme.offset == "minmax":
         fault = "packed are int2 to int8, each row or group with its own scale, sym, signed or asym, such as int4-g128"
     elif how.largest:
         fault = "kept weights leave their whole matrix unpacked, so the largest of every matrix cannot be kept"
@@ -194,7 +189,7 @@ def _check_experts(
     if odd is not None:
         how = f"be packed by {quantized[odd]}" if odd in quantized else "stay as it is stored"
         fault = f"{odd} would {how}, but transformers loads routed experts only where all are packed by one scheme"
-    elif packs and str(text_config(checkpoint.config).get("model_type")) in _UNPACKING_TYPES:
+    elif packs and model_type_of(checkpoint.config) in _UNPACKING_TYPES:
         fault = f"{packs[0]} would stay packed, but transformers loads experts of this model type only one by one"
     if fault:
         raise UsageError(f"Quantizing {checkpoint.reference}: {fault}. `--measure` evaluates it without writing.")

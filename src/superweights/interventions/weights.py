@@ -26,6 +26,7 @@ from superweights.errors import CoordinateError, NonFiniteWeightsError, Quantize
 from superweights.interventions.conditions import LoadWeights, PruneLargest, QuantizeWeights, ScaleWeights
 from superweights.model.loading import LoadedModel, scale_weight
 from superweights.quantization.held_out import rounded
+from superweights.quantization.scheme import Scheme
 
 WeightEdit = ScaleWeights | PruneLargest | QuantizeWeights | LoadWeights
 """The interventions that change weights."""
@@ -284,13 +285,13 @@ def plan_stored_edits(checkpoint: Checkpoint, interventions: Sequence[WeightEdit
             raise CoordinateError(
                 f"{coordinate} names layer {coordinate.layer}; the layers are 0 to {len(layers) - 1}."
             )
-        projection = find_stored_projection(shapes, checkpoint.config, coordinate=coordinate)
-        if projection.tensor not in floats:
-            dtype = checkpoint.tensors[projection.tensor].dtype
+        tensor, index = locate_stored(checkpoint, coordinate)
+        if tensor not in floats:
+            dtype = checkpoint.tensors[tensor].dtype
             raise QuantizedCheckpointError(
-                f"{coordinate} is in {projection.tensor}, which is stored as {dtype}. Give a checkpoint in F32, F16 or BF16."
+                f"{coordinate} is in {tensor}, which is stored as {dtype}. Give a checkpoint in F32, F16 or BF16."
             )
-        return projection.tensor, projection.index(coordinate)
+        return tensor, index
 
     return _plan(interventions, floats, locate, config=checkpoint.config, name=str(checkpoint.reference))
 
@@ -405,11 +406,7 @@ def _quantizations(
             f"Quantizing smoothed weights of {name}: the stored tensors have no matrix {smoothed[0]}.weight."
         )
     for each in chosen.values():
-        fault = how.scheme.fault(each.rows, each.cols)
-        if fault:
-            raise UsageError(
-                f"Quantizing {name} by {how.scheme}: {each.tensor} has {each.rows} x {each.cols} weights; {fault}."
-            )
+        check_fit(how.scheme, each, name)
     kept: defaultdict[tuple[str, int | None], list[int]] = defaultdict(list)
     for coordinate in dict.fromkeys(how.keep):
         tensor, index = locate(coordinate)
@@ -421,6 +418,19 @@ def _quantizations(
     for tensor, each in chosen.items():
         for part in range(each.experts) if each.experts else (None,):
             yield tensor, part, _Quantize(how, each, tuple(kept[tensor, part]))
+
+
+def check_fit(scheme: Scheme, matrix: StoredMatrix, name: str) -> None:
+    """Refuses a scheme that does not fit a matrix of the model of this name.
+
+    Raises:
+        UsageError: its groups or tiles do not divide the matrix.
+    """
+    fault = scheme.fault(matrix.rows, matrix.cols)
+    if fault:
+        raise UsageError(
+            f"Quantizing {name} by {scheme}: {matrix.tensor} has {matrix.rows} x {matrix.cols} weights; {fault}."
+        )
 
 
 def _numel(shape: tuple[int, ...]) -> int:

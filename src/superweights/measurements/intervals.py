@@ -39,6 +39,16 @@ class Interval:
     """Independent items behind the number."""
 
 
+def exact(value: float) -> Interval:
+    """A number that is counted or computed, not sampled: one item, and no spread.
+
+    Example:
+        >>> exact(4.125).value
+        4.125
+    """
+    return Interval(value, math.nan, math.nan, math.nan, 1)
+
+
 def mean_interval(values: ArrayLike, *, bounds: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
     """The mean, with Student's t interval.
 

@@ -5,7 +5,7 @@ whose perplexities the literature quotes. No model here.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
@@ -96,6 +96,21 @@ def window_length(config_limit: int | None, wanted: int | None) -> int:
         (1024, 2048, 512)
     """
     return min(DEFAULT_LENGTH, config_limit or DEFAULT_LENGTH) if wanted is None else wanted
+
+
+def split_windows(windows: Windows, *, calibration: int = 8) -> tuple[Windows, torch.Tensor]:
+    """Windows to score, and the last ones of the same text to calibrate on, at most a quarter of all.
+
+    Raises:
+        UsageError: there are fewer than two windows.
+    """
+    count = len(windows.ids)
+    if count < 2:
+        raise UsageError(
+            "Calibrating needs a window of text beside those that are scored. Use shorter windows (--length)."
+        )
+    aside = max(1, min(calibration, count // 4))
+    return replace(windows, ids=windows.ids[:-aside]), windows.ids[-aside:]
 
 
 def check_length(length: int, limit: int | None, name: str) -> None:

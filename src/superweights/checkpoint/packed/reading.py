@@ -8,7 +8,7 @@ from superweights.checkpoint.checkpoint import Checkpoint
 from superweights.checkpoint.packed import awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, quanto, torchao
 from superweights.checkpoint.packed.grids import PackedMatrix
 from superweights.checkpoint.packed.stored import PLAIN, StoredModule
-from superweights.checkpoint.quantized import quantization_of
+from superweights.checkpoint.quantized import quantization_of, stored_settings
 from superweights.errors import MalformedFileError, QuantizedCheckpointError
 
 __all__ = ["PackedMatrix", "packed_format", "read_packed_matrix"]
@@ -108,16 +108,10 @@ def _quanto(checkpoint: Checkpoint) -> bool:
 
 
 def _settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    nested = checkpoint.config.get("text_config")
-    for place in (checkpoint.config, nested if isinstance(nested, dict) else {}):
-        for key in ("quantization_config", "compression_config"):
-            found = place.get(key)
-            if found and not isinstance(found, dict):
-                raise MalformedFileError(f"config.json of {checkpoint.reference} has the {key} {found!r:.80}.")
-            if found:
-                settings: dict[str, Any] = found
-                return settings
-    return {}
+    key, found = next(stored_settings(checkpoint.config), ("", {}))
+    if not isinstance(found, dict):
+        raise MalformedFileError(f"config.json of {checkpoint.reference} has the {key} {found!r:.80}.")
+    return found
 
 
 def _method(settings: Mapping[str, Any]) -> str:

@@ -15,10 +15,10 @@ from superweights.checkpoint.header import TensorEntry
 from superweights.checkpoint.packed.grids import PackedMatrix
 from superweights.checkpoint.packed.reading import packed_format, read_packed_matrix
 from superweights.checkpoint.packed.stored import PLAIN
+from superweights.checkpoint.quantized import SETTINGS_KEYS
 from superweights.checkpoint.scalars import StoredScalar
 from superweights.errors import QuantizedCheckpointError
 
-_SETTINGS = ("quantization_config", "compression_config")
 _PARTS = (
     "qweight", "qzeros", "scales", "g_idx", "weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point",
     "weight_g_idx", "weight_scale_inv", "weight_global_scale", "SCB", "weight_format", "weight.absmax", "weight.quant_map",
@@ -91,7 +91,7 @@ class UnpackedCheckpoint(Checkpoint):
         modules = _packed_modules(packed)
         if not modules:  # the config speaks of packed weights, and none is found
             packed.require_plain("reading weights")
-        self.config = {key: value for key, value in packed.config.items() if key not in _SETTINGS}
+        self.config = {key: value for key, value in packed.config.items() if key not in SETTINGS_KEYS}
         self._parts = {f"{module}.weight": each.parts for module, each in modules.items()}
         hidden = {part for parts in self._parts.values() for part in parts}
         tensors = {name: entry for name, entry in packed.tensors.items() if name not in hidden}
