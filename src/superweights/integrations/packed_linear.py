@@ -371,7 +371,7 @@ class PackedLinear(nn.Module):
 
     def _tiled_product(self, flat: torch.Tensor) -> torch.Tensor:
         """By dequantized tiles, in which super weights have their place."""
-        wide = self._wide or flat.dtype
+        wide = torch.float32 if flat.dtype == torch.float32 else self._wide or flat.dtype
         flat = flat.to(wide)
         outputs = torch.empty(len(flat), self.out_features, dtype=wide, device=flat.device)
         for first, last, codes in self._pieces():
@@ -456,7 +456,7 @@ class PackedLinear(nn.Module):
         return _int4_group(self.in_features // self.groups) or 0
 
     def _wide_dtype(self, device: torch.device) -> torch.dtype | None:
-        """What tiles are multiplied in; None where they are not worth it, or in the dtype of the inputs."""
+        """What tiles are multiplied in, but for float32 inputs; None where they are not worth it, or in the inputs' dtype."""
         if device.type != "cpu" or not self._reads_layout:
             return None
         return torch.bfloat16 if multiplies_bfloat16() else torch.float32
