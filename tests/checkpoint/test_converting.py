@@ -334,9 +334,9 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(source: Path, tmp_path: P
     convert(source, tmp_path / "new")
     for name in SHARDS:
         assert events[(tmp_path / "new" / name).stat().st_ino][-3:] == ["write", "sync", "rename"]
-    assert events[(tmp_path / "new").stat().st_ino] == ["sync", "rename"]
+    assert events[(tmp_path / "new").stat().st_ino][-2:] == ["sync", "rename"]  # an inode may have been another file's
     for name in ("config.json", "tokenizer.json", "model.safetensors.index.json"):
-        assert events[(tmp_path / "new" / name).stat().st_ino] == ["sync"]
+        assert events[(tmp_path / "new" / name).stat().st_ino][-1:] == ["sync"]
 
 
 @pytest.mark.parametrize("overwritten", [False, True])

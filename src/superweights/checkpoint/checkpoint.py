@@ -6,7 +6,7 @@ a sparse copy that fills with the byte ranges that were asked for. So a tensor i
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from superweights.checkpoint.mapped import MappedFile
+    from superweights.checkpoint.packed.grids import PackedMatrix
 
 _CHUNK_BYTES = 16 << 20
 
@@ -40,28 +41,29 @@ class Checkpoint:
         ...     print(checkpoint.read_scalar("model.layers.2.mlp.down_proj.weight", (3968, 7003)).value)
     """
 
-    def __init__(self, reference: ModelReference, source: WeightSource) -> None:
+    def __init__(
+        self,
+        reference: ModelReference,
+        source: WeightSource,
+        *,
+        config: dict[str, Any],
+        tensors: Mapping[str, TensorEntry],
+    ) -> None:
         self.reference = reference
         self.directory = source.directory
         self.revision = source.revision
+        self.config = config
+        self.tensors: Mapping[str, TensorEntry] = MappingProxyType(dict(tensors))
         self._source = source
         self._files = source.files
-        try:
-            self.config: dict[str, Any] = _read_config(source.directory)
-            headers = {name: read_header(file.read, file=name, size=file.size) for name, file in source.files.items()}
-            self.tensors: Mapping[str, TensorEntry] = MappingProxyType(join_headers(source.shards, headers))
-        except BaseException:
-            self.close()
-            raise
 
-    @classmethod
+    @staticmethod
     def open(
-        cls,
         reference: "str | Path | ModelReference",
         *,
         revision: str | None = None,
         cache_dir: Path | None = None,
-    ) -> Self:
+    ) -> "Checkpoint":
         """Opens a model and reads its config and the headers of all shards.
 
         Args:
@@ -76,7 +78,14 @@ class Checkpoint:
             HubError: the Hub cannot be reached, or refuses.
         """
         parsed = ModelReference.parse(reference, revision=revision)
-        return cls(parsed, _open_source(parsed, cache_dir))
+        source = _open_source(parsed, cache_dir)
+        try:
+            config = _read_config(source.directory)
+            headers = {name: read_header(file.read, file=name, size=file.size) for name, file in source.files.items()}
+            return Checkpoint(parsed, source, config=config, tensors=join_headers(source.shards, headers))
+        except BaseException:
+            source.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -89,6 +98,29 @@ class Checkpoint:
     def close(self) -> None:
         """Closes the files. Tensors from `view` stay valid; their memory goes with the last of them."""
         self._source.close()
+
+    @property
+    def packing(self) -> str | None:
+        """What packed the matrices that are dequantized when they are viewed, in words; None where all are stored plain."""
+        return None
+
+    @property
+    def gguf_file(self) -> str | None:
+        """The file in `directory` that is config and tokenizer as well, for a GGUF model."""
+        return None
+
+    def is_packed(self, name: str) -> bool:
+        """Whether a tensor has no bytes of its own that are its values: `view` makes it of what is stored."""
+        return False
+
+    def packed_matrix(self, name: str, expert: int | None = None) -> "PackedMatrix | None":
+        """What a quantizer left of a matrix; None for one that is stored plain.
+
+        Args:
+            name: the tensor.
+            expert: which matrix of a tensor that packs several.
+        """
+        return None
 
     @property
     def files(self) -> Mapping[str, "MappedFile"]:
@@ -185,6 +217,10 @@ class Checkpoint:
             copied = bytearray(file.map[entry.start : entry.end])
             return torch.frombuffer(copied, dtype=dtype).reshape(entry.shape)
         return torch.frombuffer(file.map, dtype=dtype, count=entry.numel, offset=entry.start).reshape(entry.shape)
+
+    def view_rows(self, name: str, rows: Sequence[int]) -> "torch.Tensor":
+        """Some rows of a tensor as float32, without the others; `fetch_rows` brings them."""
+        return self.view(name)[list(rows)].float()
 
     def stored_bytes(self, name: str) -> memoryview:
         """A tensor's bytes as the file holds them, without a copy; like `view`, but of any dtype.

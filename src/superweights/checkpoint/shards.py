@@ -163,6 +163,11 @@ def _no_weights(names: Collection[str], where: str) -> CheckpointError:
         )
     for ending, kind in _OTHER_FORMATS.items():
         others = sorted(name for name in names if name.endswith(ending))
+        if others and kind == "GGUF":
+            return NotACheckpointError(
+                f"{where} holds GGUF weights ({', '.join(others[:3])}) and no .safetensors. Give the .gguf file itself; one on "
+                "the Hub has to be downloaded first."
+            )
         if others:
             return NotACheckpointError(
                 f"{where} holds {kind} weights ({others[0]}) and no .safetensors. "

@@ -8,8 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from superweights.checkpoint import Checkpoint, ModelReference
-from superweights.checkpoint.packed.unpacked import unpacked
+from superweights.checkpoint.opening import open_dequantized
 from superweights.cli.model_options import (
     DEFAULT_MODEL_OPTIONS,
     FILE,
@@ -69,18 +68,16 @@ def audit(
     it also measures what that error does alone, what all of the quantization does, and what comes back when the super weights
     are put back. Ends with status 1 where a weight is lost.
 
-    Read are GPTQ, AWQ, auto-round, bitsandbytes, compressed-tensors, fp8, torchao, HQQ, quanto, and plain checkpoints.
+    Read are GPTQ, AWQ, auto-round, bitsandbytes, compressed-tensors, fp8, torchao, HQQ, quanto, GGUF, and plain checkpoints.
 
     Args:
-        quantized: A directory, a Hub name or a URL of the quantized model.
+        quantized: A directory, a .gguf file, a Hub name or a URL of the quantized model.
     """
     check_targets(records=settings.out, charts=[])
     progress = RichProgress()
     with ExitStack() as stack:
-        packed = Checkpoint.open(
-            ModelReference.parse(quantized, revision=options.revision if not settings.original else None)
-        )
-        looked_at = unpacked(stack.enter_context(packed))
+        revision = None if settings.original else options.revision
+        looked_at = stack.enter_context(open_dequantized(quantized, revision=revision))
         model = stack.enter_context(open_model(settings.original or quantized, options))
         described = {**asdict(settings), "quantized": quantized, **asdict(text)}
         run = describe_model_run(model, options, command=sys.argv, settings=described)

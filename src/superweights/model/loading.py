@@ -7,15 +7,13 @@ layer and reads the next while it computes; a resident one holds all of them.
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import nn
 
 from superweights.checkpoint import Checkpoint, ModelReference
-from superweights.checkpoint.packed.unpacked import UnpackedCheckpoint, unpacked
-from superweights.checkpoint.quantized import quantization_of
+from superweights.checkpoint.opening import open_dequantized
 from superweights.coordinates import Coordinate
 from superweights.errors import (
     MalformedFileError,
@@ -106,8 +104,8 @@ class LoadedModel:
             f"{count} NaN or infinite {'weight' if count == 1 else 'weights'} of {name} set to 0"
             for name, count in self.weights.zeroed.items()
         ]
-        if isinstance(self.checkpoint, UnpackedCheckpoint):
-            packed = quantization_of(self.checkpoint.packed.config) or "packed"
+        if self.weights.checkpoint.packing is not None:
+            packed = self.weights.checkpoint.packing
             found.append(f"the weights are quantized ({packed}) and were dequantized to float32")
         count, stored = self.architecture.layer_count, self.weights.stored_layers
         if stored > count:
@@ -484,7 +482,7 @@ def load(
     """Makes a model ready to be traced.
 
     Args:
-        model: a directory, a Hub name, an fsspec URL, or a transformers model that is already in memory.
+        model: a directory, a .gguf file, a Hub name, an fsspec URL, or a transformers model that is already in memory.
             Of the options below, only `tokenizer` is for the latter: it stays where and as it is.
         tokenizer: replaces the checkpoint's own; needed for text prompts when `model` is already in memory.
         revision: branch, tag or commit of a Hub model.
@@ -516,11 +514,10 @@ def load(
     if isinstance(model, nn.Module):
         return _wrap(model, tokenizer)
     reference = ModelReference.parse(model, revision=revision)
-    checkpoint = Checkpoint.open(reference)
+    checkpoint = open_dequantized(reference)
     try:
-        checkpoint = unpacked(checkpoint)
         weights = StreamedWeights(checkpoint, nonfinite=nonfinite, compute=compute, trust_remote_code=trust_remote_code)
-        tokenizer = tokenizer or _tokenizer(checkpoint.directory, trust_remote_code=trust_remote_code)
+        tokenizer = tokenizer or _tokenizer(checkpoint, trust_remote_code=trust_remote_code)
         if residency == "resident":
             for layer in range(weights.architecture.layer_count):
                 weights.attach_layer(layer, populate=False)
@@ -542,17 +539,17 @@ def _wrap(model: Any, tokenizer: Any) -> LoadedModel:
     return LoadedModel(name, model, read_architecture(model), tokenizer=tokenizer, weights=None, residency="resident")
 
 
-def _tokenizer(directory: Path, *, trust_remote_code: bool) -> Any:
+def _tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
-    if (
-        not any(directory.glob("tokenizer*"))
-        and not any(directory.glob("vocab*"))
-        and not any(directory.glob("*.model"))
-    ):
+    directory, gguf_file = checkpoint.directory, checkpoint.gguf_file
+    if gguf_file is None and not any(any(directory.glob(each)) for each in ("tokenizer*", "vocab*", "*.model")):
         return None
+    inside = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=trust_remote_code, **inside
+        )
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise RemoteCodeError(
@@ -560,6 +557,6 @@ def _tokenizer(directory: Path, *, trust_remote_code: bool) -> Any:
                 "code, then pass --trust-remote-code (trust_remote_code=True in Python)."
             ) from error
         raise MalformedFileError(
-            f"The tokenizer files in {directory} cannot be read: {type(error).__name__}: {error}. Replace them; without any "
-            "tokenizer file, fixed token ids stand in for the prompts."
+            f"The tokenizer files in {directory / (gguf_file or '')} cannot be read: {type(error).__name__}: {error}. Replace "
+            "them; without any tokenizer file, fixed token ids stand in for the prompts."
         ) from error

@@ -227,21 +227,22 @@ class StreamedWeights:
     def _attach_embedding(self) -> None:
         """Fills the token embedding row by row, as prompts name tokens: its other rows are never read."""
         module = self.model.get_input_embeddings()
-        stored = self.checkpoint.view(self.plan.embedding)  # [vocabulary, channels]
-        if tuple(stored.shape) != tuple(module.weight.shape):
+        entry = self.checkpoint.entry(self.plan.embedding)  # [vocabulary, channels]
+        if entry.shape != tuple(module.weight.shape):
             raise WeightMismatchError(
-                f"Loading {self.checkpoint.reference.name}: {self.plan.embedding} has shape {list(stored.shape)} in the "
+                f"Loading {self.checkpoint.reference.name}: {self.plan.embedding} has shape {list(entry.shape)} in the "
                 f"checkpoint and {list(module.weight.shape)} by config.json. Do config.json and the weights belong together?"
             )
-        rows = stored if stored.dtype == torch.float32 else _unbacked_zeros(stored.shape)
+        viewed = entry.dtype == "F32" and not self.checkpoint.is_packed(self.plan.embedding)
+        rows = self.checkpoint.view(self.plan.embedding) if viewed else _unbacked_zeros(torch.Size(entry.shape))
         module.weight = nn.Parameter(rows, requires_grad=False)
         filled: set[int] = set()
 
         def fill(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             new = sorted(set(torch.unique(inputs[0]).tolist()) - filled)
             self.checkpoint.fetch_rows(self.plan.embedding, new)
-            if rows is not stored:
-                rows[new] = stored[new].float()
+            if not viewed:
+                rows[new] = self.checkpoint.view_rows(self.plan.embedding, new)
             bad = ~rows[new].isfinite()
             if bool(bad.any()) and self._nonfinite == "refuse":
                 raise NonFiniteWeightsError(
@@ -302,12 +303,16 @@ def _model_class(checkpoint: Checkpoint, *, trust_remote_code: bool) -> tuple[An
             "convert the checkpoint to a supported type."
         )
     try:
-        config = AutoConfig.from_pretrained(
-            checkpoint.directory, local_files_only=True, trust_remote_code=trust_remote_code
-        )
+        if checkpoint.gguf_file is not None:
+            config = CONFIG_MAPPING[model_type].from_dict(checkpoint.config)
+        else:
+            config = AutoConfig.from_pretrained(
+                checkpoint.directory, local_files_only=True, trust_remote_code=trust_remote_code
+            )
     except Exception as error:
+        file = checkpoint.directory / (checkpoint.gguf_file or "config.json")
         raise MalformedFileError(
-            f"{checkpoint.directory / 'config.json'}: transformers refuses it as a config of type {model_type!r}: {error}"
+            f"{file}: transformers refuses it as a config of type {model_type!r}: {error}"
         ) from error
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config

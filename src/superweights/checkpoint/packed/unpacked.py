@@ -101,9 +101,18 @@ class UnpackedCheckpoint(Checkpoint):
         self.tensors = MappingProxyType(tensors)
 
     @property
+    def packing(self) -> str:
+        """What packed it, in words."""
+        return packed_format(self.packed) or "packed"
+
+    @property
     def digest(self) -> str:
         """That of the quantized checkpoint."""
         return self.packed.digest
+
+    def is_packed(self, name: str) -> bool:
+        """Whether a tensor stands for a packed matrix."""
+        return name in self._parts
 
     def require_plain(self, purpose: str) -> None:
         """Refuses: what needs plain weights needs the checkpoint that this one was made from."""
@@ -114,7 +123,7 @@ class UnpackedCheckpoint(Checkpoint):
         found = self.packed_matrix(name)
         return super().view(name) if found is None else found.weights
 
-    def packed_matrix(self, name: str) -> PackedMatrix | None:
+    def packed_matrix(self, name: str, expert: int | None = None) -> PackedMatrix | None:
         """What is packed under the name of a matrix; None for a tensor that is stored plain."""
         return read_packed_matrix(self.packed, name.removesuffix(".weight")) if name in self._parts else None
 

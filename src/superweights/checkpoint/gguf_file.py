@@ -1,0 +1,434 @@
+"""A GGUF file seen as a checkpoint: tensors by the names they have in transformers, packed ones dequantized when viewed.
+
+The package gguf reads the file; transformers knows which of its own models the file holds, what the tensors are called there
+and which of them llama.cpp stores in another order. A tensor that is stored plain and in the same order is a view of the file,
+like one of a safetensors file.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from superweights.checkpoint.checkpoint import Checkpoint
+from superweights.checkpoint.header import TensorEntry
+from superweights.checkpoint.local import WeightSource, open_directory
+from superweights.checkpoint.packed.gguf import PLAIN, dequantize_blocks, gguf_package, read_blocks
+from superweights.checkpoint.reference import ModelReference
+from superweights.checkpoint.scalars import StoredScalar
+from superweights.checkpoint.shards import Shards
+from superweights.errors import (
+    MalformedFileError,
+    MissingTensorError,
+    QuantizedCheckpointError,
+    UnsupportedArchitectureError,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from superweights.checkpoint.packed.grids import PackedMatrix
+
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_EXPERTS = re.compile(r"blk\.\d+\.ffn_(?P<what>gate|up|down)_exps\.weight")
+_EXPERT_NAMES = {
+    "qwen2_moe": "{layer}.mlp.experts.{expert}.{what}_proj.weight",
+    "qwen3_moe": "{layer}.mlp.experts.{expert}.{what}_proj.weight",
+}
+"""What one expert's matrix is called in checkpoints of a model type."""
+_COMPUTED = re.compile(r"rope_freqs\.weight|rope_factors_(long|short)\.weight")
+"""Tensors that hold what transformers computes from the config."""
+_BLOCK = re.compile(r"(?:.*\.)?\d+(?=\.)")
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """One tensor as a GGUF file holds it."""
+
+    name: str
+    """Its name in llama.cpp."""
+    kind: str
+    """Its type, such as "Q4_K"."""
+    shape: tuple[int, ...]
+    """[.., rows, cols]: the reverse of the order that GGUF writes lengths in."""
+    file: str
+    start: int
+    """First byte in the file."""
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """What a tensor of the checkpoint is made of."""
+
+    stored: GgufTensor
+    expert: int | None = None
+    """Which matrix of a tensor that packs several."""
+
+
+def open_gguf(reference: ModelReference) -> "GgufCheckpoint":
+    """Opens a .gguf file, and with the first of several parts the others.
+
+    Raises:
+        UsageError: the package gguf is not installed.
+        MalformedFileError, MissingTensorError: the file is damaged, or a part of it is not there.
+        UnsupportedArchitectureError: transformers has no such model.
+        QuantizedCheckpointError: transformers' model has no place for a tensor.
+    """
+    paths = _parts(reference.path)
+    headers = {path.name: read_gguf_header(path) for path in paths}
+    stored = {each.name: each for header in headers.values() for each in header}
+    source = open_directory(reference.path.parent, Shards(tuple(headers)))
+    try:
+        architecture = gguf_architecture(paths[0])
+        return GgufCheckpoint(reference, source, stored, architecture, _config(paths[0], architecture, stored))
+    except BaseException:
+        source.close()
+        raise
+
+
+class GgufCheckpoint(Checkpoint):
+    """See the module. Made by `open_gguf`.
+
+    Attributes:
+        stored: the tensors of the file by their names in llama.cpp.
+        architecture: what llama.cpp calls its architecture.
+    """
+
+    def __init__(
+        self,
+        reference: ModelReference,
+        source: WeightSource,
+        stored: Mapping[str, GgufTensor],
+        architecture: str,
+        config: dict[str, Any],
+    ) -> None:
+        self.stored, self.architecture = stored, architecture
+        self._order = _Order(architecture, config)
+        names, shapes = _transformers_names(config, self._order, stored, str(reference))
+        self._origins = dict(_origins(names, stored, str(config["model_type"])))
+        self._as_stored = {name for name, each in self._origins.items() if self._order.keeps(each.stored)}
+        tensors = {}
+        for name, origin in self._origins.items():
+            shape = shapes[name] if origin.expert is None else origin.stored.shape[1:]
+            tensors[name] = _entry(name, origin, shape, plain=not self._is_made(name, origin))
+        super().__init__(reference, source, config=config, tensors=tensors)
+
+    def _is_made(self, name: str, origin: _Origin) -> bool:
+        return origin.stored.kind not in PLAIN or name not in self._as_stored
+
+    @property
+    def packing(self) -> str | None:
+        """The types of its matrices, in words; None where all are stored plain."""
+        kinds = sorted({each.stored.kind for each in self._origins.values() if each.stored.kind not in PLAIN})
+        return f"gguf {', '.join(kinds)}" if kinds else None
+
+    @property
+    def gguf_file(self) -> str:
+        """The file, or the first of its parts."""
+        return next(iter(self._files))
+
+    @property
+    def digest(self) -> str:
+        """As for other checkpoints, with the types of GGUF; see `gguf_digest`."""
+        return gguf_digest(self.stored.values(), {name: file.size for name, file in self._files.items()})
+
+    def require_plain(self, purpose: str) -> None:
+        """Refuses: a GGUF file is only read."""
+        raise QuantizedCheckpointError(
+            f"{purpose[:1].upper()}{purpose[1:]} needs a safetensors checkpoint, and {self.reference} is a GGUF file, which is "
+            "only read. Give the checkpoint it was converted from."
+        )
+
+    def is_packed(self, name: str) -> bool:
+        """Whether a tensor is quantized, or in another order than in transformers."""
+        return name in self._origins and self._is_made(name, self._origins[name])
+
+    def view(self, name: str) -> "torch.Tensor":
+        """A tensor; one that is quantized or in another order is made anew, in float32."""
+        import torch
+
+        if not self.is_packed(name):
+            return super().view(name)
+        origin, entry = self._origins[name], self.entry(name)
+        values = self._order.undo(origin.stored.name, self._values(origin))
+        if values.shape != entry.shape:
+            raise MalformedFileError(
+                f"{self.reference}: {origin.stored.name} has the shape {list(values.shape)}, and by the file's metadata {name} "
+                f"has {list(entry.shape)}. Convert the model again."
+            )
+        return torch.from_numpy(np.ascontiguousarray(values))
+
+    def view_rows(self, name: str, rows: Sequence[int]) -> "torch.Tensor":
+        """Some rows of a tensor as float32."""
+        import torch
+
+        if not self.is_packed(name) or name not in self._as_stored:
+            return super().view_rows(name, rows)
+        return torch.from_numpy(self._values(self._origins[name], rows))
+
+    def packed_matrix(self, name: str, expert: int | None = None) -> "PackedMatrix | None":
+        """What the quantizer left of a matrix, [rows, cols]; None for one that is stored plain."""
+        origin = self._origins.get(name)
+        if origin is None or origin.stored.kind in PLAIN:
+            return None
+        order = self._order.rows(origin.stored)
+        if order is None:
+            raise QuantizedCheckpointError(
+                f"{name} of {self.reference} is stored as {origin.stored.kind} in an order whose blocks are not followed."
+            )
+        found = read_blocks(self._blocks(origin), origin.stored.kind, module=name.removesuffix(".weight"))
+        if np.array_equal(order, np.arange(len(order))):
+            return found
+        steps = found.steps.expand(found.weights.shape)
+        return replace(found, weights=found.weights[order], steps=steps[order], at_end=found.at_end[order])
+
+    def read_scalar(self, name: str, index: tuple[int, ...]) -> StoredScalar:
+        """One element of a tensor that is stored plain."""
+        self._require_bytes(name)
+        return super().read_scalar(name, index)
+
+    def read_row(self, name: str, prefix: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """A part of a tensor that is stored plain."""
+        self._require_bytes(name)
+        return super().read_row(name, prefix)
+
+    def iter_rows(
+        self, name: str, *, prefix: tuple[int, ...] = (), rows_per_chunk: int | None = None
+    ) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """The rows of a tensor that is stored plain."""
+        self._require_bytes(name)
+        return super().iter_rows(name, prefix=prefix, rows_per_chunk=rows_per_chunk)
+
+    def _require_bytes(self, name: str) -> None:
+        if self.is_packed(name):
+            raise QuantizedCheckpointError(
+                f"{name} of {self.reference} is stored as {self._origins[name].stored.kind} in llama.cpp's order, so a single "
+                "weight has no bytes of its own. `superweights show` and `audit` give the value that it stands for."
+            )
+
+    def _values(self, origin: _Origin, rows: Sequence[int] | None = None) -> npt.NDArray[np.float32]:
+        """Float32 [.., rows, cols] in the order of the file."""
+        blocks = self._blocks(origin)
+        chosen = blocks if rows is None else blocks[list(rows)]
+        return dequantize_blocks(chosen, origin.stored.kind, what=origin.stored.name)
+
+    def _blocks(self, origin: _Origin) -> npt.NDArray[np.uint8]:
+        """The bytes of a tensor on the file's map, [.., rows, bytes of a row]."""
+        stored = origin.stored
+        found = np.frombuffer(self._files[stored.file].map, np.uint8, stored.nbytes, stored.start)
+        shaped = found.reshape(*stored.shape[:-1], -1)
+        return shaped if origin.expert is None else shaped[origin.expert]
+
+
+def read_gguf_header(path: Path) -> tuple[GgufTensor, ...]:
+    """The tensors of one file.
+
+    Raises:
+        UsageError: the package gguf is not installed.
+        MalformedFileError: it is no whole GGUF file.
+    """
+    with reading(path) as reader:
+        found = tuple(
+            GgufTensor(
+                each.name,
+                each.tensor_type.name,
+                tuple(int(length) for length in reversed(each.shape)),
+                path.name,
+                int(each.data_offset),
+                int(each.n_bytes),
+            )
+            for each in reader.tensors
+        )
+        if not found:
+            raise ValueError("it holds no tensor")
+        return found
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[Any]:
+    """The package's reader of a file, whose faults become one error."""
+    package = gguf_package()
+    try:
+        with np.errstate(all="ignore"):
+            yield package.GGUFReader(path)
+    except (
+        ValueError,
+        IndexError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        MemoryError,
+        ArithmeticError,
+    ) as error:
+        raise MalformedFileError(
+            f"{path} is no whole GGUF file of a model: {error or type(error).__name__}. Write or download it again."
+        ) from error
+
+
+def gguf_digest(tensors: Any, sizes: Mapping[str, int]) -> str:
+    """Identity of headers: SHA-256, in hexadecimal, of names, types and shapes of tensors, and of the sizes of files."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for each in sorted(tensors, key=lambda tensor: tensor.name):
+        digest.update(repr((each.name, each.kind, each.shape)).encode())
+    for size in sorted(sizes.values()):
+        digest.update(repr(size).encode())
+    return digest.hexdigest()
+
+
+def _parts(path: Path) -> list[Path]:
+    match = _PART.fullmatch(path.name)
+    if match is None:
+        return [path]
+    count = int(match["count"])
+    paths = [path.with_name(f"{match['stem']}-{number:05d}-of-{match['count']}.gguf") for number in range(1, count + 1)]
+    absent = [each.name for each in paths if not each.is_file()]
+    if absent or not paths:
+        raise MissingTensorError(
+            f"{path} is one of {count} parts, and {absent[0] if absent else 'the first'} is not beside it "
+            f"({len(absent)} are missing). Download the missing files."
+        )
+    return paths
+
+
+def gguf_architecture(path: Path) -> str:
+    """What llama.cpp calls the architecture of a file.
+
+    Raises:
+        MalformedFileError: it is no whole GGUF file of a model.
+    """
+    with reading(path) as reader:
+        return str(reader.get_field("general.architecture").contents())
+
+
+def _config(path: Path, architecture: str, stored: Mapping[str, GgufTensor]) -> dict[str, Any]:
+    """The config that transformers reads out of a file's metadata."""
+    from transformers import AutoConfig
+
+    try:
+        config: dict[str, Any] = AutoConfig.from_pretrained(
+            path.parent, gguf_file=path.name, local_files_only=True
+        ).to_dict()
+    except Exception as error:
+        raise UnsupportedArchitectureError(
+            f"{path} is a model of llama.cpp's architecture {architecture!r}, of which the installed transformers makes none "
+            f"of its own: {type(error).__name__}: {error}. Give the safetensors checkpoint it was converted from."
+        ) from error
+    if architecture not in _TIED:
+        config["tie_word_embeddings"] = "output.weight" not in stored  # transformers looks at the first part only
+    return config
+
+
+_TIED = ("falcon", "bloom")
+"""Architectures whose files repeat the embedding as the output."""
+
+
+class _Order:
+    """What llama.cpp changed of a model's tensors, as transformers undoes it."""
+
+    def __init__(self, architecture: str, config: Mapping[str, Any]) -> None:
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+        self.processor: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=dict(config))
+
+    def undo(self, name: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """A tensor in transformers' order."""
+        parsed: dict[str, dict[str, Any]] = {"tensors": {}}
+        found = self.processor.process(weights=values, name=name, tensor_key_mapping=None, parsed_parameters=parsed)
+        if found.name is None:  # handed over by the side
+            (handed,) = parsed["tensors"].values()
+            array: npt.NDArray[Any] = handed.numpy()
+            return array
+        undone: npt.NDArray[Any] = found.weights
+        return undone
+
+    def rows(self, stored: GgufTensor) -> npt.NDArray[np.int64] | None:
+        """Which row of the file is each output channel, where rows are whole; seen on numbers that stand for rows."""
+        probed = self._probed(stored)
+        if probed is None or not np.array_equal(np.sort(probed, axis=None), np.arange(stored.shape[0])):
+            return None
+        return probed.ravel().astype(np.int64)
+
+    def keeps(self, stored: GgufTensor) -> bool:
+        """Whether nothing was changed."""
+        probed = self._probed(stored)
+        return probed is not None and np.array_equal(probed, _row_numbers(stored))
+
+    def _probed(self, stored: GgufTensor) -> npt.NDArray[Any] | None:
+        with suppress(Exception):  # a rule that needs all columns
+            return self.undo(stored.name, _row_numbers(stored))
+        return None
+
+
+def _row_numbers(stored: GgufTensor) -> npt.NDArray[np.float32]:
+    """A tensor of one column that holds the number of each row."""
+    return np.arange(stored.shape[0], dtype=np.float32).reshape(-1, *(1 for _ in stored.shape[1:]))
+
+
+def _transformers_names(
+    config: Mapping[str, Any], order: _Order, stored: Mapping[str, GgufTensor], where: str
+) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """The name in transformers of each tensor of the file, and the shape of each tensor in transformers.
+
+    Raises:
+        UnsupportedArchitectureError: the model cannot be built.
+        QuantizedCheckpointError: a tensor has no place in it.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
+
+    model_type = str(config["model_type"])
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        names: dict[str, str] = get_gguf_hf_weights_map(model, order.processor)
+    except Exception as error:
+        raise UnsupportedArchitectureError(
+            f"{where}: transformers cannot build the {model_type} that the file describes: {type(error).__name__}: {error}"
+        ) from error
+    strange = [name for name in stored if name not in names and not _COMPUTED.search(name)]
+    if strange:
+        first = stored[strange[0]]
+        raise QuantizedCheckpointError(
+            f"{where} holds {first.name} ({first.kind}, {list(first.shape)}), for which transformers' "
+            f"{model_type} has no place ({len(strange)} such tensors): without it the model would be another. Give the "
+            "safetensors checkpoint it was converted from."
+        )
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    return {name: names[name] for name in stored if name in names}, shapes
+
+
+def _origins(
+    names: Mapping[str, str], stored: Mapping[str, GgufTensor], model_type: str
+) -> Iterator[tuple[str, _Origin]]:
+    """The tensors of the checkpoint and what they are made of; experts by the names that one by one they have."""
+    for name, inside in names.items():
+        match = _EXPERTS.fullmatch(name)
+        if match is None:
+            yield inside, _Origin(stored[name])
+            continue
+        pattern = _EXPERT_NAMES.get(model_type)
+        layer = _BLOCK.match(inside)
+        if pattern is None or layer is None:
+            raise UnsupportedArchitectureError(
+                f"{name}: experts of {model_type} are not read from GGUF files; read: {', '.join(_EXPERT_NAMES)}. Give the "
+                "safetensors checkpoint it was converted from."
+            )
+        for expert in range(stored[name].shape[0]):
+            yield pattern.format(layer=layer[0], expert=expert, what=match["what"]), _Origin(stored[name], expert)
+
+
+def _entry(name: str, origin: _Origin, shape: tuple[int, ...], *, plain: bool) -> TensorEntry:
+    stored = origin.stored
+    size = stored.nbytes if origin.expert is None else stored.nbytes // stored.shape[0]
+    start = stored.start + size * (origin.expert or 0)
+    return TensorEntry(name, stored.file, PLAIN[stored.kind] if plain else "F32", shape, start, start + size)
