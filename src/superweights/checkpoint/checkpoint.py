@@ -113,6 +113,10 @@ class Checkpoint:
         """Whether a tensor has no bytes of its own that are its values: `view` makes it of what is stored."""
         return False
 
+    def stored_as(self, name: str) -> str:
+        """The number format, or the type of blocks, that a tensor has in the file, such as "BF16"."""
+        return self.entry(name).dtype
+
     def packed_matrix(self, name: str, expert: int | None = None) -> "PackedMatrix | None":
         """What a quantizer left of a matrix; None for one that is stored plain.
 

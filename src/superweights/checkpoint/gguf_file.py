@@ -149,6 +149,10 @@ class GgufCheckpoint(Checkpoint):
         """Whether a tensor is quantized, or in another order than in transformers."""
         return name in self._origins and self._is_made(name, self._origins[name])
 
+    def stored_as(self, name: str) -> str:
+        """The GGUF type of a tensor, such as "Q4_K"."""
+        return self._origins[name].stored.kind if name in self._origins else super().stored_as(name)
+
     def view(self, name: str) -> "torch.Tensor":
         """A tensor; one that is quantized or in another order is made anew, in float32."""
         import torch
