@@ -185,7 +185,7 @@ def test_an_unknown_tensor_names_the_near_ones(write: Write, ask: Ask) -> None:
 @pytest.mark.parametrize(
     ("weights", "name", "config", "says"),
     [
-        (np.zeros((3, H), np.int32), NAME.replace("weight", "qweight"), {"quant_method": "gptq", "bits": 4}, "no qzeros, scales"),
+        (np.zeros((3, H), np.int32), NAME.replace("weight", "qweight"), {"quant_method": "gptq", "bits": 4}, "no qzeros"),
         (np.zeros((H, INNER), np.int8), NAME, {"quant_method": "bitsandbytes", "load_in_8bit": True}, "without the scales"),
         (np.zeros((H, INNER), np.int8), NAME, {"quant_method": "aqlm"}, "quant_method 'aqlm'"),
     ],

@@ -109,6 +109,11 @@ class Checkpoint:
         """The file in `directory` that is config and tokenizer as well, for a GGUF model."""
         return None
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there are files of a tokenizer."""
+        return any(any(self.directory.glob(each)) for each in ("tokenizer*", "vocab*", "*.model"))
+
     def is_packed(self, name: str) -> bool:
         """Whether a tensor has no bytes of its own that are its values: `view` makes it of what is stored."""
         return False
