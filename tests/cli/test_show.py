@@ -205,7 +205,7 @@ def test_a_packed_weight_is_what_its_code_stands_for(planted_checkpoint: Path, t
     assert (found["bits"], found["format"], found["sharing"]) == (None, "compressed-tensors pack-quantized", 16)
     assert found["rank"] == 1 and found["row_neighbours"]["7"] == found["value"]
     assert abs(found["value"] + 64) <= found["step"] / 2 and found["value"] / found["step"] == pytest.approx(
-        -8, abs=0.6
+        -7, abs=0.01
     )
     assert "at the end of its grid" in ask("show", quantized, "2:49:7").out
 
