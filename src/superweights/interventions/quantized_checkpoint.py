@@ -23,7 +23,7 @@ from superweights.checkpoint.stored_matrices import StoredMatrix, checkpoint_mat
 from superweights.checkpoint.stored_projection import model_type_of
 from superweights.coordinates import Coordinate
 from superweights.errors import NonFiniteWeightsError, UsageError
-from superweights.interventions.adapter import Adapter, QuantizedFiles, plan_adapter, write_adapter_files
+from superweights.interventions.adapter import QuantizedFiles, plan_adapter, write_adapter_files
 from superweights.interventions.conditions import QuantizeWeights
 from superweights.interventions.weights import check_fit, locate_stored
 from superweights.model.loading import LoadedModel, load
@@ -292,7 +292,7 @@ def _add_adapter(original: LoadedModel, weights: Sequence[Coordinate], to: str, 
     target = folder / ADAPTER_FOLDER
     shutil.rmtree(target, ignore_errors=True)  # of an interrupted run
     with Checkpoint.open(folder) as checkpoint:
-        found: Adapter = plan_adapter(original, QuantizedFiles(checkpoint), weights)
+        found = plan_adapter(original, QuantizedFiles(checkpoint), weights)
     if found.matrices:
         write_adapter_files(replace(found, quantized=replace(found.quantized, name=to)), target)
 
@@ -439,10 +439,9 @@ def _groups(plan: QuantizedCheckpoint) -> dict[str, Any]:
         # Symmetric and signed files are read alike.
         read = replace(scheme, offset="sym") if scheme.offset == "signed" else scheme
         modules.setdefault((read, _ONE_EXPERT.search(name) is not None), []).append(name.rpartition(".")[0])
-    alone = len({scheme for scheme, _ in modules}) == 1
-    if alone:
+    if len({scheme for scheme, _ in modules}) == 1:
         modules = {(next(iter(modules))[0], False): ["Linear"]}
-    ordered = sorted(modules.items(), key=lambda each: (not each[0][1], -each[0][0].bits))
+    ordered = sorted(modules.items(), key=lambda each: (not each[0][1], -each[0][0].bits, each[0][0].offset == "sym"))
     return {
         f"group_{number}": {
             "targets": [_EXPERT_PATTERN] if experts else names,
