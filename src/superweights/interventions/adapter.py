@@ -512,18 +512,29 @@ def write_adapter(adapter: Adapter, to: str | Path) -> int:
     require_free(target)
     try:
         with new_folder(target) as folder:
-            _write_tensors(adapter, folder / _FILES[adapter.form])
-            texts = {_RECORD: _record(adapter)}
-            if adapter.form == "peft":
-                texts["adapter_config.json"] = _peft_config(adapter)
-            for name, content in texts.items():
-                write_file(folder / name, [json.dumps(content, indent=2).encode(), b"\n"])
+            write_adapter_files(adapter, folder)
         sync_folder(target.parent)
         return (target / _FILES[adapter.form]).stat().st_size
     except OSError as error:
         raise RecordError(
             f"Cannot write an adapter to {to}: {error.strerror}. Nothing was changed there. Give a folder that you can write."
         ) from error
+
+
+def write_adapter_files(adapter: Adapter, folder: Path) -> None:
+    """Writes the files of an adapter into a folder that is new itself.
+
+    Raises:
+        UsageError: `superweights[gguf]` is not installed.
+        OSError: they cannot be written.
+    """
+    folder.mkdir(exist_ok=True)
+    _write_tensors(adapter, folder / _FILES[adapter.form])
+    texts = {_RECORD: _record(adapter)}
+    if adapter.form == "peft":
+        texts["adapter_config.json"] = _peft_config(adapter)
+    for name, content in texts.items():
+        write_file(folder / name, [json.dumps(content, indent=2).encode(), b"\n"])
 
 
 def require_free(to: str | Path) -> None:
