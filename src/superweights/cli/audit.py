@@ -8,7 +8,9 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from superweights.checkpoint import Checkpoint
 from superweights.checkpoint.opening import open_dequantized
+from superweights.checkpoint.packed.unpacked import UnpackedCheckpoint
 from superweights.cli.model_options import (
     DEFAULT_MODEL_OPTIONS,
     FILE,
@@ -86,7 +88,7 @@ def audit(
         weights = weights_of(settings.weights, model, options, progress)
         if not weights:
             write_text(f"No super weight candidate in {settings.original or quantized}: name weights with --weights.\n")
-            write_text("".join(f"\n{each.text}\n" for each in _adapter_note(packed)))
+            write_text("".join(f"\n{each.text}\n" for each in _adapter_note(looked_at)))
             return 0
         original = model.checkpoint if settings.original else None
         records: list[Record] = []
@@ -101,7 +103,7 @@ def audit(
                     level="info", text="Give --original to compare with it, and to measure what the errors cost."
                 )
             )
-        records += _adapter_note(packed)
+        records += _adapter_note(looked_at)
         run = add_warnings(run, model)
     try:
         if settings.out is not None:
@@ -124,8 +126,9 @@ def _known(name: str, weights: Sequence[Coordinate]) -> dict[Coordinate, float]:
     return {each: values[each] for each in weights if each in values}
 
 
-def _adapter_note(packed: Checkpoint) -> list[NoteRecord]:
+def _adapter_note(quantized: Checkpoint) -> list[NoteRecord]:
     """Says what restores weights that `quantize --keep-in adapter` left out."""
+    packed = quantized.packed if isinstance(quantized, UnpackedCheckpoint) else quantized
     folder = packed.directory / ADAPTER_FOLDER
     if not (folder / "superweights.json").is_file():
         return []
