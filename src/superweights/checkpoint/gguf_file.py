@@ -160,6 +160,8 @@ class GgufCheckpoint(Checkpoint):
 
         if not self.is_packed(name) or name not in self._as_stored:
             return super().view_rows(name, rows)
+        if not rows:
+            return torch.empty(0, *self.entry(name).shape[1:])
         return torch.from_numpy(_values(self._source, self._origins[name], rows))
 
     def packed_matrix(self, name: str, expert: int | None = None) -> "PackedMatrix | None":
