@@ -17,6 +17,7 @@ from superweights.errors import (
     NotACheckpointError,
     QuantizedCheckpointError,
     UnsupportedArchitectureError,
+    UsageError,
     WeightMismatchError,
 )
 from superweights.experiments.audit import audit_weights
@@ -130,6 +131,16 @@ def test_an_audit_follows_the_matrix(family: str, kind: str, tmp_path: Path) -> 
         (record,) = audit_weights(quantized, [weight], original=original)
     assert record.verdict == "kept" and abs(record.stored) > 1
     assert record.error == 0 if kind == "F32" else abs(record.error) < 1e-2
+
+
+def test_an_audit_refuses_another_model_of_the_same_shape(plain: Path, tmp_path: Path) -> None:
+    other = save_tiny_checkpoint("qwen2", tmp_path / "m")
+    with (
+        open_dequantized(plain) as quantized,
+        Checkpoint.open(other) as original,
+        pytest.raises(UsageError, match="it is a llama, and .* is a qwen2"),
+    ):
+        list(audit_weights(quantized, [WEIGHT], original=original))
 
 
 # Files in parts.

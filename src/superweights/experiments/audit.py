@@ -10,7 +10,7 @@ import torch
 from superweights.checkpoint import Checkpoint
 from superweights.checkpoint.dtypes import STORAGE_TYPES
 from superweights.checkpoint.packed.grids import PackedMatrix
-from superweights.checkpoint.stored_projection import StoredProjection, layer_places
+from superweights.checkpoint.stored_projection import StoredProjection, layer_places, model_type_of
 from superweights.coordinates import Coordinate
 from superweights.errors import UsageError
 from superweights.experiments.evaluation import evaluate
@@ -58,6 +58,8 @@ def audit_weights(
         QuantizedCheckpointError, MalformedFileError: the packed files cannot be read.
         UsageError: the two are not the same model.
     """
+    if original is not None:
+        _require_same_type(quantized, original)
     for coordinate in dict.fromkeys(weights):
         projection = projection_of(quantized, coordinate)
         projection.index(coordinate)
@@ -75,6 +77,16 @@ def audit_weights(
         else:
             found = _Stored(packed.format, packed.bits, stored, packed)
         yield _audit(coordinate, projection.tensor, found, before, (values or {}).get(coordinate))
+
+
+def _require_same_type(quantized: Checkpoint, original: Checkpoint) -> None:
+    types = [model_type_of(each.config) for each in (quantized, original)]
+    as_llama = quantized.gguf_file is not None and types == ["llama", "mistral"]  # llama.cpp has one name for both
+    if types[0] != types[1] and not as_llama:
+        raise UsageError(
+            f"Auditing {quantized.reference}: it is a {types[0]}, and {original.reference} is a {types[1]}. Give the model it was "
+            "made from."
+        )
 
 
 def _matrix(checkpoint: Checkpoint, projection: StoredProjection, coordinate: Coordinate) -> torch.Tensor:
