@@ -138,7 +138,7 @@ def test_an_audit_refuses_another_model_of_the_same_shape(plain: Path, tmp_path:
     with (
         open_dequantized(plain) as quantized,
         Checkpoint.open(other) as original,
-        pytest.raises(UsageError, match="it is a llama, and .* is a qwen2"),
+        pytest.raises(UsageError, match=r"it is a llama, and .* is a qwen2"),
     ):
         list(audit_weights(quantized, [WEIGHT], original=original))
 

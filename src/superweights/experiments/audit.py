@@ -84,8 +84,8 @@ def _require_same_type(quantized: Checkpoint, original: Checkpoint) -> None:
     as_llama = quantized.gguf_file is not None and types == ["llama", "mistral"]  # llama.cpp has one name for both
     if types[0] != types[1] and not as_llama:
         raise UsageError(
-            f"Auditing {quantized.reference}: it is a {types[0]}, and {original.reference} is a {types[1]}. Give the model it was "
-            "made from."
+            f"Auditing {quantized.reference}: it is a {types[0]}, and {original.reference} is a {types[1]}. Give the model it "
+            "was made from."
         )
 
 
