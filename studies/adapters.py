@@ -311,8 +311,8 @@ def write_llama_gguf(source: Path, to: Path, kind: str) -> Path:
     writer.add_eos_token_id(config.eos_token_id)
     for name, parameter in model.named_parameters():
         value = parameter.detach().numpy()
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            value = _permuted(value, config.num_attention_heads)
+        if heads := _turned_heads(config, name):
+            value = _permuted(value, heads)
         packed = kind == "Q4_0" and ".layers." in name and value.ndim == 2
         if packed:
             stored = quantize(value, GGMLQuantizationType.Q4_0)
@@ -333,6 +333,13 @@ def _gguf_name(name: str) -> str:
     return f"blk.{layer}.{_GGUF_NAMES[rest.removesuffix('.weight')]}.weight"
 
 
+def _turned_heads(config: Any, name: str) -> int | None:
+    """How many heads a matrix has that rotary positions turn; None for others."""
+    if name.endswith("q_proj.weight"):
+        return config.num_attention_heads
+    return config.num_key_value_heads if name.endswith("k_proj.weight") else None
+
+
 def _permuted(value: np.ndarray, heads: int) -> np.ndarray:
     """Rows of each head in the order in which llama.cpp turns pairs: neighbours, not halves."""
     rows, cols = value.shape
@@ -346,10 +353,9 @@ def with_gguf_weights(source: Path, file: Path) -> nn.Module:
 
     model = as_plain(source)
     stored = {each.name: dequantize(each.data, each.tensor_type) for each in GGUFReader(file).tensors}
-    heads = model.config.num_attention_heads
     for name, parameter in model.named_parameters():
         value = stored[_gguf_name(name)].reshape(parameter.shape)
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
+        if heads := _turned_heads(model.config, name):
             rows, cols = value.shape
             value = value.reshape(heads, rows // heads // 2, 2, cols).swapaxes(1, 2).reshape(rows, cols)
         parameter.data = torch.from_numpy(np.array(value, dtype=np.float32))
