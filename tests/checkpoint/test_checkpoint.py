@@ -183,11 +183,10 @@ def test_a_file_that_shrinks_while_open_is_named(write_model: WriteModel) -> Non
         checkpoint.view("w")
         with (directory / "model.safetensors").open("r+b") as file:
             file.truncate(5000)
-        with pytest.raises(MalformedFileError, match="it has 5000 bytes"):
-            checkpoint.read_row("w", ())
-        if sys.platform == "linux":
+        uses = [lambda: checkpoint.read_row("w", ()), lambda: checkpoint.view("w"), lambda: checkpoint.fetch(["w"])]
+        for use in [*uses, lambda: checkpoint.drop(["w"])]:
             with pytest.raises(MalformedFileError, match="it has 5000 bytes"):
-                checkpoint.fetch(["w"])
+                use()
 
 
 def test_a_quantized_checkpoint_is_refused_by_name_and_still_opens(write_model: WriteModel) -> None:

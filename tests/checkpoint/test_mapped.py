@@ -1,11 +1,14 @@
 import mmap
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from superweights.checkpoint import mapped
 from superweights.checkpoint.mapped import MappedFile
+from superweights.errors import MalformedFileError
 
 PAGE = mmap.PAGESIZE
 
@@ -88,3 +91,53 @@ def test_a_closed_file_maps_no_more(file: MappedFile) -> None:
     file.close()
     with pytest.raises(ValueError, match="closed"):
         _ = file.map
+
+
+USES: dict[str, Callable[[MappedFile], object]] = {
+    "map": lambda file: file.map,
+    "populate": lambda file: file.populate([(0, file.size)]),
+    "discard": lambda file: file.discard([(5, file.size - 5)]),
+    "read": lambda file: file.read(0, file.size),
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not shorten a file that is open or mapped")
+@pytest.mark.parametrize("mapped_before", [False, True])
+@pytest.mark.parametrize("left", [0, 5, PAGE, 10 * PAGE + 3])
+@pytest.mark.parametrize("use", USES)
+def test_a_file_that_shrank_is_refused_and_not_touched(
+    file: MappedFile, advice: str, use: str, left: int, mapped_before: bool
+) -> None:
+    if mapped_before:
+        file.map[PAGE] = 0xEE
+    os.truncate(file.path, left)
+    if use == "discard" and not mapped_before:
+        return file.discard([(5, file.size - 5)])  # there is nothing to give back
+    with pytest.raises(MalformedFileError, match=rf"had {file.size} bytes .*it has {left} bytes"):
+        USES[use](file)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not shorten a file that is open or mapped")
+def test_a_file_that_shrinks_right_before_its_pages_are_read_is_refused(
+    file: MappedFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advise = mapped._madvise()
+    if advise is None:
+        pytest.skip("only Linux has the call that reads pages ahead and says what went wrong")
+
+    def shrink_first(*arguments: int) -> int:
+        os.truncate(file.path, 0)
+        return int(advise(*arguments))
+
+    monkeypatch.setattr(mapped, "_madvise", lambda: shrink_first)
+    with pytest.raises(MalformedFileError, match="it has 0 bytes"):
+        file.populate([(0, file.size)])
+
+
+def test_a_file_that_grew_is_mapped_as_it_was_opened(file: MappedFile) -> None:
+    with file.path.open("ab") as grown:
+        grown.write(bytes(3 * PAGE))
+    assert len(file.map) == file.size
+    assert bytes(file.map[-4:]) == b"tail"
+    file.populate([(0, file.size)])
+    file.discard([(0, file.size)])

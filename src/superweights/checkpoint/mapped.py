@@ -42,10 +42,17 @@ class MappedFile:
 
     @property
     def map(self) -> mmap.mmap:
-        """The whole file as a writable buffer whose changes stay in memory."""
+        """The file, as long as it was when it was opened, as a writable buffer whose changes stay in memory.
+
+        Raises:
+            MalformedFileError: the file is shorter than it was.
+        """
         with self._lock:
+            # Touching a page beyond the end of a file ends the process (SIGBUS), so every new use looks at the size first.
+            if os.fstat(self._open_descriptor).st_size < self.size:
+                raise self._shrunk()
             if self._map is None:
-                self._map = _private_map(self._open_descriptor)
+                self._map = _private_map(self._open_descriptor, self.size)
             return self._map
 
     def read(self, start: int, end: int) -> bytes:
@@ -71,7 +78,11 @@ class MappedFile:
         """Waits for what `start_fetch` started."""
 
     def populate(self, spans: Iterable[Span]) -> None:
-        """Reads spans into memory and waits for it, as far as the system has a call for that."""
+        """Reads spans into memory and waits for it, as far as the system has a call for that.
+
+        Raises:
+            MalformedFileError: the file is shorter than it was.
+        """
         for start, end in split(merge(spans), _POPULATE_BYTES):
             first = start - start % mmap.PAGESIZE
             if not self._advise(_POPULATE_READ, first, end) and hasattr(os, "posix_fadvise"):
@@ -82,6 +93,9 @@ class MappedFile:
 
         Only whole pages inside a span can be given back. In the pages that a span shares with its neighbours, its own
         bytes are compared with the file and put back where they differ.
+
+        Raises:
+            MalformedFileError: the file is shorter than it was.
         """
         if self._map is None:
             return
@@ -116,10 +130,10 @@ class MappedFile:
 
     def _advise(self, advice: int, start: int, end: int) -> bool:
         """Calls madvise without holding the interpreter's lock; False where the system does not know the advice."""
+        mapped = self.map  # held, so that closing the file meanwhile does not unmap it
         madvise = _madvise()
         if madvise is None:
             return False
-        mapped = self.map  # held, so that closing the file meanwhile does not unmap it
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
         while madvise(address + start, end - start, advice) != 0:
             code = ctypes.get_errno()
@@ -149,12 +163,12 @@ def close_files(files: Collection[MappedFile], pool: Executor | None) -> None:
         file.close()
 
 
-def _private_map(descriptor: int) -> mmap.mmap:
+def _private_map(descriptor: int, size: int) -> mmap.mmap:
     if sys.platform != "linux":
-        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+        return mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)
     # Without NORESERVE the kernel refuses a writable private map that is larger than memory and swap.
     flags = mmap.MAP_PRIVATE | _NORESERVE
-    return mmap.mmap(descriptor, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return mmap.mmap(descriptor, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def _read_at(descriptor: int, length: int, start: int) -> bytes:
