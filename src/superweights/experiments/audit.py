@@ -15,6 +15,7 @@ from superweights.coordinates import Coordinate
 from superweights.errors import UsageError
 from superweights.experiments.evaluation import evaluate
 from superweights.interventions.conditions import ORIGINAL, AddToWeights, Condition, LoadWeights
+from superweights.interventions.rescaled_columns import column_factor
 from superweights.interventions.weights import projection_of
 from superweights.measurements.windows import Windows
 from superweights.model.loading import LoadedModel
@@ -24,8 +25,6 @@ from superweights.results.records import AuditRecord, MeasurementRecord, NoteRec
 KEPT_WITHIN, LOST_BEYOND = 0.05, 0.5
 """Relative errors up to which a weight is kept, and from which it is lost: in the paper's figure 6 a factor of 0.8 costs
 nothing that shows and 0.5 one point of accuracy, while 0.2 costs six and more."""
-_RESCALED = 0.2
-"""A column whose weights are this much larger or smaller than before was rescaled on purpose."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def _audit(
     row, col = coordinate.row, coordinate.col
     value = float(stored.weights[row, col])
     original = float(before[row, col]) if before is not None else known
-    scale = 1.0 if before is None else _column_scale(stored.weights[:, col], before[:, col], row)
+    scale = 1.0 if before is None else column_factor(before[:, col], stored.weights[:, col])
     expected = None if original is None else scale * original
     packed = stored.packed
     block = None if packed is None else packed.block(row, col)
@@ -143,15 +142,6 @@ def _step(packed: PackedMatrix, row: int, col: int) -> float | None:
     return step if isfinite(step) else None
 
 
-def _column_scale(stored: torch.Tensor, before: torch.Tensor, row: int) -> float:
-    """What a column was multiplied by: the median ratio of its larger weights but one; 1 where that could be rounding."""
-    others = torch.ones(len(before), dtype=torch.bool)
-    others[row] = False
-    larger = others & (before.abs() > before.abs().median())  # of small ones, rounding leaves no ratio
-    scale = float((stored[larger] / before[larger]).median()) if bool(larger.any()) else 1.0
-    return scale if scale > 0 and abs(scale - 1) > _RESCALED else 1.0
-
-
 def _block_error(
     stored: torch.Tensor, before: torch.Tensor, block: torch.Tensor, place: tuple[int, int]
 ) -> float | None:
@@ -161,7 +151,7 @@ def _block_error(
     cols = others.any(0).nonzero().flatten()
     scales = torch.ones(before.shape[1])
     for col in cols.tolist():
-        scales[col] = _column_scale(stored[:, col], before[:, col], place[0])
+        scales[col] = column_factor(before[:, col], stored[:, col])
     expected = (before * scales)[others]
     total = float(expected.square().sum())
     return (float((stored[others] - expected).square().sum()) / total) ** 0.5 if total > 0 else None

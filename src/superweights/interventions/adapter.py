@@ -43,6 +43,7 @@ from superweights.errors import (
     UnsupportedArchitectureError,
     UsageError,
 )
+from superweights.interventions.rescaled_columns import column_factor, is_unrelated
 from superweights.interventions.weights import locate_stored
 from superweights.model.architecture import DownProjection
 from superweights.model.loading import LoadedModel
@@ -55,8 +56,6 @@ RunningDtype = Literal["auto", "float32", "bfloat16", "float16"]
 _RECORD = "superweights.json"
 _FILES: dict[Form, str] = {"peft": "adapter_model.safetensors", "gguf": "adapter.gguf"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SAME_FACTOR, _SAME_FACTOR_COARSE = 0.03, 0.3
-"""How far rounding and clipping alone move the slope of a column's small weights, to 4 bits and to fewer."""
 _GGUF_ARCHITECTURES = {
     "mistral": "llama",
     "gemma3_text": "gemma3",
@@ -295,28 +294,11 @@ def _difference(
 
 
 def _fault(before: torch.Tensor, after: torch.Tensor) -> str | None:
-    """What makes a column of the quantized model anything else than that of the original, rounded; float32 [rows] both.
-
-    AWQ and SmoothQuant multiply columns and divide what comes in; rotations leave no column alike. Rounding, clipping and what
-    GPTQ shifts from column to column leave a factor of 1, as long as large weights, which are clipped or held out, do not
-    count. A grid so coarse that little is left of the column tells nothing.
-    """
-    sizes = before.abs()
-    small = sizes <= 2 * sizes.median()
-    old, new = before[small].double(), after[small].double()
-    both = float(old.norm() * new.norm())
-    if both == 0 or not math.isfinite(both) or len(set(new.tolist())) <= 3:  # rounded away, or no numbers
-        return None
-    alike, factor = float(old @ new) / both, float(old @ new / (old @ old))
-    signs = (old * new).sign()
-    agreeing = float(signs.sum() / signs.abs().sum())  # 1 for all, 0 for as many as not
-    if alike < 0.5 and agreeing < 0.4 and 0.5 < float(new.norm() / old.norm()) < 2 and signs.count_nonzero() >= 32:
+    """What makes a column of the quantized model anything else than that of the original, rounded; float32 [rows] both."""
+    if is_unrelated(before, after):
         return "has nothing to do with that of the original, as where weights are rotated"
-    noise = math.sqrt(max(0.0, 1 - alike**2) / len(old))
-    allowed = max(8 * noise, _SAME_FACTOR if alike > 0.97 else _SAME_FACTOR_COARSE)
-    if alike > 0.8 and abs(factor - 1) > allowed:
-        return f"is multiplied by about {factor:.3g}, as AWQ and SmoothQuant do"
-    return None
+    factor = column_factor(before, after)
+    return None if factor == 1 else f"is multiplied by about {factor:.3g}, as AWQ and SmoothQuant do"
 
 
 def _names(original: LoadedModel, projection: DownProjection, weight: Coordinate) -> list[str]:
