@@ -105,6 +105,15 @@ def test_codes_for_several_weights_have_values_and_no_grid(kind):
     assert 8 * gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1] / 256 == found.bits
 
 
+def test_threads_give_what_one_gives(monkeypatch):
+    blocks = random_blocks("Q6_K", rows=37)
+    expected = read(blocks, "Q6_K")
+    monkeypatch.setattr(ours, "_PIECE_BYTES", 5 * blocks.shape[1])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    found = read(blocks, "Q6_K")
+    assert torch.equal(found.weights, expected.weights) and torch.equal(found.steps, expected.steps)
+
+
 def test_an_unknown_type_is_named():
     with pytest.raises(QuantizedCheckpointError, match="Q8_1"):
         read(np.zeros((1, 40), np.uint8), "Q8_1")

@@ -6,6 +6,7 @@ be known here, only which bytes of a block are codes.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -17,6 +18,8 @@ import torch
 from superweights.checkpoint.packed.grids import PackedMatrix
 from superweights.errors import QuantizedCheckpointError, UsageError
 
+_PIECE_BYTES = 1 << 20
+"""Bytes of blocks that one thread dequantizes at a time."""
 PLAIN = {"F32": "F32", "F16": "F16", "BF16": "BF16", "F64": "F64"}
 """GGUF types whose values are stored one by one, and their names in safetensors."""
 
@@ -93,6 +96,18 @@ def dequantize_blocks(blocks: npt.NDArray[Any], kind: str, *, what: str) -> npt.
     Raises:
         QuantizedCheckpointError: the package cannot dequantize this type.
     """
+    rows = blocks.reshape(-1, blocks.shape[-1])
+    step = max(1, _PIECE_BYTES // rows.shape[1])
+    pieces = [rows[first : first + step] for first in range(0, len(rows), step)]
+    threads = min(torch.get_num_threads(), len(pieces))
+    if threads <= 1:
+        return _dequantized(blocks, kind, what)
+    with ThreadPoolExecutor(threads) as pool:  # numpy works on a piece without holding the interpreter's lock
+        found = list(pool.map(lambda piece: _dequantized(piece, kind, what), pieces))
+    return np.concatenate(found).reshape(*blocks.shape[:-1], -1)
+
+
+def _dequantized(blocks: npt.NDArray[Any], kind: str, what: str) -> npt.NDArray[np.float32]:
     package = gguf_package()
     try:
         with np.errstate(over="ignore", invalid="ignore"):
