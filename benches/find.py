@@ -33,6 +33,8 @@ SHAPES = {
            "num_key_value_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
            "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True},
+    "300m": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 16,
+             "num_key_value_heads": 8, "vocab_size": 32000, "tie_word_embeddings": True},
     "toy": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4,
             "num_key_value_heads": 4, "vocab_size": 1000, "tie_word_embeddings": False},
 }  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 
 from superweights.errors import CoordinateError, MalformedFileError, UsageError
 from superweights.integrations import packed_linear
-from superweights.integrations.packed_linear import MANY_TOKENS, PackedLinear, kernel_for
+from superweights.integrations.packed_linear import MANY_TOKENS, MANY_TOKENS_INT8, PackedLinear, kernel_for
 from superweights.interventions.quantized_checkpoint import packed_tensors
 from superweights.quantization.activations import rounded_activations
 from superweights.quantization.held_out import quantize_held_out
@@ -23,7 +23,8 @@ ULP = 2.0**-9
 """Of bfloat16: how far rounding moves a value, at most, of its size."""
 ROWS, COLS, ROW, COL = 112, 256, 3, 130
 SCHEMES = ["int4-g32", "int4-g128", "int4-row", "int3-g64", "int2-g32", "int8-row", "int6-row", "int8-g64", "int4-g16"]
-TOKENS = [1, 5, MANY_TOKENS + 3]
+FLOATS = [torch.float32, torch.bfloat16]
+TOKENS = [1, 5, MANY_TOKENS_INT8 + 3, MANY_TOKENS + 3]
 
 
 def matrix(rows: int = ROWS, cols: int = COLS, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -212,10 +213,12 @@ def test_several_super_weights_of_one_row_and_col(scheme, tokens):
         torch.testing.assert_close((found - plain)[:, row].double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("int8_units", [False, True])
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("held", [[], [(ROW, COL)], [(ROW, 9)]])
-def test_w8a8_is_rounding_with_the_super_activation_kept(tokens, held):
+def test_w8a8_is_rounding_with_the_super_activation_kept(tokens, held, int8_units, monkeypatch):
     """As in `rounded_activations`, which replaces it by the token's median and restores it after."""
+    monkeypatch.setattr(packed_linear, "multiplies_int8", lambda: int8_units)
     weight = matrix(dtype=torch.bfloat16)
     weight[ROW, 9] = 2.5
     layer = packed("int8-row", weight, held=held, int8_inputs=True, channel=9)
@@ -275,6 +278,18 @@ def test_tiles_in_bfloat16(scheme, monkeypatch):
     rounding = packed("int8-row", int8_inputs=True)
     expected, weight = rounded_activations(given), rounding.dequantized()
     assert ((rounding(given) - expected @ weight.t()).abs() <= 2 * ULP * expected.abs() @ weight.abs().t()).all()
+
+
+def test_from_when_on_tokens_are_many(monkeypatch):
+    """A processor that multiplies bfloat16 has fast tiles, and those of 8-bit codes are made for little."""
+    monkeypatch.setattr(packed_linear, "multiplies_bfloat16", lambda: True)
+    many = {(kind, dtype): packed(kind)._many_tokens(dtype) for kind in ("int4-g32", "int8-row") for dtype in FLOATS}
+    assert many == dict.fromkeys(many, MANY_TOKENS) | {("int8-row", torch.bfloat16): MANY_TOKENS_INT8}
+    layer, given = packed("int8-row"), inputs(MANY_TOKENS_INT8, dtype=torch.bfloat16)
+    assert torch.equal(layer(given), layer._tiled_product(given))
+    assert torch.equal(layer(given[1:]), layer._packed_product(given[1:]))
+    monkeypatch.setattr(packed_linear, "multiplies_bfloat16", lambda: False)
+    assert packed("int8-row")._many_tokens(torch.bfloat16) == MANY_TOKENS
 
 
 def test_what_the_cuda_kernel_would_be_given(monkeypatch):

@@ -145,18 +145,39 @@ def test_other_families(family, tmp_path):
     assert (logits(model, FEW) - expected).norm() < 14 * 2**-9 * expected.norm()
 
 
-def test_generate(tmp_path):
+@pytest.fixture(scope="module")
+def books(tmp_path_factory) -> Path:
+    """A trained model in int4-g32, nothing kept. Do not change it."""
+    return quantized(TINY_BOOKS, tmp_path_factory.mktemp("books") / "packed", "int4-g32", keep=False)
+
+
+@pytest.mark.parametrize("method", ["compressed-tensors", "superweights"])
+def test_generate(method, books, changed, tmp_path):
     """Token by token with a cache, on a trained model; the reference multiplies plain matrices."""
-    model = load_packed(quantized(TINY_BOOKS, tmp_path / "packed", "int4-g32", keep=False), dtype=torch.float32)
+    model = load_packed(changed(lambda config: config.update(quant_method=method), of=books), dtype=torch.float32)
+    if method == "superweights":
+        model.save_pretrained(tmp_path / "saved")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     ids = model.generate(
         MANY[:, :9], attention_mask=torch.ones(1, 9), max_new_tokens=24, do_sample=False, eos_token_id=1
     )
-    expected = logits(reference(TINY_BOOKS, [name for name, _ in packed_layers(model)], "int4-g32"), ids)
     assert ids.shape == (1, 33)
-    chosen = expected[0, 8:-1].gather(1, ids[0, 9:, None])[:, 0]
-    best = expected[0, 8:-1].amax(1)
-    assert (best - chosen < 0.15).all()  # a rounded activation may decide a near tie
-    assert (best == chosen).float().mean() > 0.9
+    best = logits(reference(TINY_BOOKS, [name for name, _ in packed_layers(model)], "int4-g32"), ids)[0, 8:-1].topk(2)
+    same = best.indices[:, 0] == ids[0, 9:]
+    clear = best.values[:, 0] - best.values[:, 1] > 0.15  # a rounded activation may decide a near tie
+    assert same[clear].all()
+    assert clear.float().mean() > 0.5 and same.float().mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "ids"), [("int4-g32", torch.bfloat16, FEW), ("int8-row", torch.float32, MANY)]
+)
+def test_a_whole_model_under_compile(scheme, dtype, ids, source, tmp_path):
+    """In one graph, whose products are the same ones."""
+    model = load_packed(quantized(source, tmp_path / "packed", scheme), dtype=dtype)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.equal(logits(compiled, ids), logits(model, ids))
 
 
 @pytest.mark.parametrize("method", ["compressed-tensors", "superweights"])
@@ -305,6 +326,12 @@ def group_weights(config: Config) -> Config:
         (lambda config: config.update(kv_cache_scheme={"num_bits": 8}), "a quantized cache"),
         (lambda config: config.update(layout_version=2), "the key 'layout_version', unknown here"),
         (lambda config: config.update(config_groups={}), "no config_groups"),
+        (lambda config: config.update(config_groups={"a": None}), "the group None, which has no targets"),
+        (lambda config: config["config_groups"]["group_0"].pop("weights"), "has no targets"),
+        (lambda config: config["config_groups"]["group_0"].update(targets="Linear"), "has no targets"),
+        (lambda config: group_weights(config).update(group_size=0), "scales by 'group' of 0"),
+        (lambda config: group_weights(config).pop("group_size"), "scales by 'group' of None"),
+        (lambda config: config.update(ignore="lm_head"), "ignore 'lm_head', which is no list"),
         (lambda config: config.update(super_weights=[{"row": 1}]), "has no tensor, row, col and value"),
         (lambda config: config.update(quant_method="gptq"), "packed by gptq"),
     ],
@@ -329,6 +356,7 @@ SCALE, CODES = f"{UP}.weight_scale", f"{UP}.weight_packed"
         (lambda config: config["ignore"].remove(KEPT), None, MissingTensorError, f"no {KEPT}.weight_packed"),
         (lambda config: group_weights(config).update(num_bits=8), None, MalformedFileError, "8 bits of 64 x 64"),
         (lambda config: config.update(super_weights=[super_weight(UP, 128, 0, 1)]), None, CoordinateError, "rows are 0 to 127"),
+        (lambda config: config.update(super_weights=[super_weight("x.y", 1, 0, 1)]), None, MissingTensorError, "weight of x.y"),
         (lambda config: config.update(int8_inputs={KEPT: 1}), None, UsageError, f"{KEPT} is no packed layer"),
         (lambda config: config.update(int8_inputs={UP: 1}), None, UsageError, "one scale per row"),
     ],

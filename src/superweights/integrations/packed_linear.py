@@ -6,8 +6,9 @@ super weights. `y[..., row] += delta * x[..., col]` puts one back on top of any 
 taken out of an 8-bit product in the same way.
 
 Which kernel: codes of up to 4 bits in groups run on torch's int4 kernel, rows of up to 8 bits on its int8 kernel, both with
-bfloat16 activations, in which alone they are fast. Many tokens at once are multiplied by dequantized tiles, which beats both.
-What fits neither kernel is dequantized at each pass: right, slow, and said once in the log.
+bfloat16 activations, in which alone they are fast. Many tokens at once are multiplied by dequantized tiles, which beats both,
+and 8-bit activations by the processor's 8-bit products where it has them. What fits neither kernel is dequantized at each pass:
+right, slow, and said once in the log.
 """
 
 import logging
@@ -33,6 +34,8 @@ Kernel = Literal["int4", "int8", "int4-cuda", "dequantize"]
 
 MANY_TOKENS = 64
 """From so many tokens on, dequantizing a tile costs less than what the float product of torch saves over its packed kernels."""
+MANY_TOKENS_INT8 = 16
+"""The same for 8-bit codes where the processor multiplies bfloat16 or 8-bit integers itself; measured with AVX512."""
 _TILE = 1 << 20
 """Weights that are dequantized together."""
 _PACK_ROWS = 1024
@@ -89,6 +92,11 @@ def _int4_group(size: int) -> int | None:
 
 def _has_tinygemm(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def multiplies_int8() -> bool:
+    """Whether this processor has instructions for products of 8-bit integers (VNNI); without, `torch._int_mm` is slow."""
+    return bool(getattr(torch.cpu, "_is_vnni_supported", bool)())
 
 
 @cache
@@ -172,6 +180,7 @@ class PackedLinear(nn.Module):
         self.super_weights: tuple[SuperWeight, ...] = ()
         self._deltas: tuple[float, ...] = ()
         self._wide: torch.dtype | None = torch.float32
+        self._int8_units = False
         self._hold("weight_packed", torch.empty(rows, packed_cols(cols, bits), dtype=torch.int32, device=device))
         scale_dtype = scale_dtype or torch.get_default_dtype()
         self._hold("weight_scale", torch.empty(rows, groups, dtype=scale_dtype, device=device))
@@ -269,6 +278,7 @@ class PackedLinear(nn.Module):
             kernel != "int4" or _layout_is_known(rows % _block_rows(), cols)
         )
         self._wide = self._wide_dtype(device)
+        self._int8_units = device.type == "cpu" and multiplies_int8()
         self._set_deltas()
         return self
 
@@ -346,7 +356,9 @@ class PackedLinear(nn.Module):
         elif self.int8_inputs:
             outputs = self._int8_product(flat).to(inputs.dtype)
             self._add_super_weights(outputs, flat)
-        elif self.kernel in (None, "dequantize") or (len(flat) >= MANY_TOKENS and self._wide is not None):
+        elif self.kernel in (None, "dequantize") or (
+            self._wide is not None and len(flat) >= self._many_tokens(flat.dtype)
+        ):
             outputs = self._tiled_product(flat).to(inputs.dtype)
         else:
             outputs = self._packed_product(flat.bfloat16()).to(inputs.dtype)
@@ -354,6 +366,11 @@ class PackedLinear(nn.Module):
         if self.bias is not None:
             outputs = outputs + self.bias.to(inputs.dtype)
         return outputs.view(*inputs.shape[:-1], self.out_features)
+
+    def _many_tokens(self, dtype: torch.dtype) -> int:
+        """From how many tokens of this dtype on tiles are faster."""
+        fast_tiles = self.kernel == "int8" and self._wide == torch.bfloat16 and dtype != torch.float32
+        return MANY_TOKENS_INT8 if fast_tiles else MANY_TOKENS
 
     def _add_super_weights(self, outputs: torch.Tensor, flat: torch.Tensor) -> None:
         for (row, col, _), delta in zip(self.super_weights, self._deltas, strict=True):
@@ -397,13 +414,16 @@ class PackedLinear(nn.Module):
 
     def _integer_product(self, integers: torch.Tensor) -> torch.Tensor:
         """Of integers -127 to 127 in float32, in float32."""
-        if integers.device.type == "cuda":
-            rows = math.ceil(max(len(integers), 17) / 32) * 32  # cuBLAS wants more than 16
-            padded = functional.pad(integers, (0, 0, 0, rows - len(integers))).to(torch.int8)
-            products = torch._int_mm(padded, self.kernel_codes.t())[: len(integers)]
-            return products.float() * self.kernel_scales.float()
+        tokens = len(integers)
+        on_cuda = integers.device.type == "cuda"
+        if on_cuda:  # cuBLAS wants more than 16 rows
+            integers = functional.pad(integers, (0, 0, 0, math.ceil(max(tokens, 17) / 32) * 32 - tokens))
+        # For two tokens and more torch brings the codes into another order first, which few tokens do not earn back.
+        if on_cuda or (self._int8_units and not 1 < tokens < MANY_TOKENS_INT8):
+            products = torch._int_mm(integers.to(torch.int8), self.kernel_codes.t())[:tokens]
+            return products.float().mul_(self.kernel_scales.float())
         wide = self._wide
-        if len(integers) < MANY_TOKENS or wide is None:
+        if tokens < MANY_TOKENS or wide is None:
             return self._packed_product(integers.bfloat16()).float()  # exact in bfloat16, but for the result
         integers = integers.to(wide)
         outputs = torch.cat([functional.linear(integers, codes.to(wide)) for _, _, codes in self._pieces()], 1)

@@ -9,7 +9,7 @@ Nothing is guessed: what the config says is compared with the headers of the fil
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,7 @@ class SuperweightsQuantizer(HfQuantizer):  # type: ignore[misc]
         packed = {name: stored[name] for name, group in groups.items() if group is not None}
         _check_tensors(packed, entries)
         _check_inputs(packed, config)
+        _check_super_weights(config.super_weights, entries)
         self._super_weights = {name: config.super_weights.get(f"{each}.weight", ()) for name, each in packed.items()}
         for name, group in groups.items():
             if group is not None:
@@ -250,14 +251,25 @@ def _groups(stored: Mapping[str, Any]) -> tuple[PackedGroup, ...]:
     faults += [f"the key {key!r}, unknown here" for key in sorted(stored.keys() - _KNOWN) if stored[key]]
     faults += ["a quantized cache"] if stored.get("kv_cache_scheme") else []
     faults += [] if isinstance(groups, dict) and groups else ["no config_groups"]
+    faults += (
+        [] if _are_texts(stored.get("ignore") or []) else [f"ignore {stored['ignore']!r}, which is no list of names"]
+    )
     if faults:
         raise _refused(faults)
     assert isinstance(groups, dict)
     return tuple(_group(each) for each in groups.values())
 
 
-def _group(stored: Mapping[str, Any]) -> PackedGroup:
-    weights = stored.get("weights") or {}
+def _are_texts(found: object) -> bool:
+    return isinstance(found, list) and all(isinstance(each, str) for each in found)
+
+
+def _group(stored: Any) -> PackedGroup:
+    weights = stored.get("weights") if isinstance(stored, dict) else None
+    if not isinstance(weights, dict) or not stored.get("targets") or not _are_texts(stored["targets"]):
+        raise _refused(
+            [f"the group {stored!r}, which has no targets (a list of names) and weights (how they are packed)"]
+        )
     bits, strategy, size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
     faults = []
     if stored.get("input_activations") or stored.get("output_activations"):
@@ -266,14 +278,15 @@ def _group(stored: Mapping[str, Any]) -> PackedGroup:
         faults.append(f"weights of {bits} bits of type {weights.get('type')!r} (integers of 2 to 8 bits run)")
     if weights.get("symmetric") is not True:
         faults.append("asymmetric weights")
-    if (strategy, size is None) not in (("group", False), ("channel", True)) or weights.get("dynamic"):
+    known = {"group": isinstance(size, int) and size > 0, "channel": size is None}
+    if not known.get(str(strategy)) or weights.get("dynamic"):
         faults.append(f"scales by {strategy!r} of {size} (channel and group run)")
     if stored.get("format") not in ("pack-quantized", None):
         faults.append(f"format {stored['format']!r}")
     faults += [f"the key {key!r} of weights" for key in sorted(weights.keys() - _KNOWN_OF_WEIGHTS) if weights[key]]
     if faults:
         raise _refused(faults)
-    return PackedGroup(tuple(stored.get("targets") or ()), weights["num_bits"], size)
+    return PackedGroup(tuple(stored["targets"]), weights["num_bits"], size)
 
 
 def _super_weights(stored: Sequence[Mapping[str, Any]]) -> dict[str, tuple[SuperWeight, ...]]:
@@ -364,4 +377,14 @@ def _check_inputs(packed: Mapping[str, str], config: SuperweightsConfig) -> None
         raise UsageError(
             f"Rounding inputs to 8 bits: {strange[0]} is no packed layer of this model{_more(strange)}. A layer "
             "whose matrix holds a super weight may be plain."
+        )
+
+
+def _check_super_weights(tensors: Iterable[str], entries: Mapping[str, TensorEntry]) -> None:
+    """Refuses a super weight that would be lost in silence, its matrix being nowhere."""
+    missing = [each for each in tensors if not {each, f"{each.removesuffix('.weight')}.weight_packed"} & entries.keys()]
+    if missing:
+        raise MissingTensorError(
+            f"Loading a packed checkpoint: its config has a super weight of {missing[0]}{_more(missing)}, but the files have "
+            "no such matrix, packed or plain. Get config and files again, from one source."
         )
