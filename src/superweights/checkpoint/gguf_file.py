@@ -80,7 +80,7 @@ def open_gguf(reference: ModelReference) -> "GgufCheckpoint":
         UnsupportedArchitectureError: transformers has no such model.
         QuantizedCheckpointError: transformers' model has no place for a tensor.
     """
-    paths = _parts(reference.path)
+    paths = gguf_parts(reference.path)
     headers = {path.name: read_gguf_header(path) for path in paths}
     stored = {each.name: each for header in headers.values() for each in header}
     source = open_directory(reference.path.parent, Shards(tuple(headers)))
@@ -284,7 +284,7 @@ def gguf_digest(tensors: Any, sizes: Mapping[str, int]) -> str:
     return digest.hexdigest()
 
 
-def _parts(path: Path) -> list[Path]:
+def gguf_parts(path: Path) -> list[Path]:
     match = _PART.fullmatch(path.name)
     if match is None:
         return [path]
