@@ -287,22 +287,26 @@ def _gemma_scale(large: int) -> Callable[[Any], str | None]:
     return check
 
 
-def _alternating(every: int) -> Callable[[Any], bool]:
-    def fits(config: Any) -> bool:
-        kinds = ["full_attention" if (layer + 1) % every == 0 else "sliding_attention" for layer in range(len(config.layer_types))]
-        return list(config.layer_types) == kinds
-
-    return fits
-
-
-def _all(*checks: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
-    return lambda config: next((fault for check in checks if (fault := check(config)) is not None), None)
-
-
 def _windows(every: int) -> Callable[[Any], str | None]:
     """Which layers look at a window only, which llama.cpp knows by their number."""
-    fits = _alternating(every)
-    return lambda config: None if fits(config) else f"not every {every}th of its layers alone has full attention"
+
+    def check(config: Any) -> str | None:
+        full = [number for number, kind in enumerate(config.layer_types, 1) if kind == "full_attention"]
+        if full == list(range(every, len(config.layer_types) + 1, every)):
+            return None
+        return f"its layers {full} have full attention, and llama.cpp takes every {every}th"
+
+    return check
+
+
+def _both(one: Callable[[Any], str | None], other: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
+    return lambda config: one(config) or other(config)
+
+
+def _all_heads(config: Any) -> str | None:
+    if config.num_key_value_heads == config.num_attention_heads:
+        return None
+    return f"it has {config.num_key_value_heads} heads of keys, and llama.cpp takes as many as of queries"
 
 
 _PERMUTED = {
@@ -362,6 +366,7 @@ FAMILIES: Mapping[str, Family] = {
         "olmoe",
         _SILU | {"norm_topk_prob": (False,), "clip_qkv": (None,), "attention_bias": (False,)},
         {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"},
+        check=_all_heads,
     ),
     "phi": Family("phi2", {"hidden_act": ("gelu_new",), "qk_layernorm": (False,)}),
     "phi3": Family(
@@ -382,7 +387,7 @@ FAMILIES: Mapping[str, Family] = {
             "attention.sliding_window": "sliding_window",
         },
         changes=_PLUS_ONE,
-        check=_all(_gemma_scale(46), _windows(2)),
+        check=_both(_gemma_scale(46), _windows(2)),
     ),
     "gemma3_text": Family(
         "gemma3",
@@ -393,7 +398,7 @@ FAMILIES: Mapping[str, Family] = {
         },
         changes=_PLUS_ONE,
         ropes=("default", "linear"),
-        check=_all(_gemma_scale(62), _windows(6)),
+        check=_both(_gemma_scale(62), _windows(6)),
     ),
     "gpt2": Family(
         "gpt2",

@@ -62,14 +62,17 @@ def gguf_tokenizer(directory: Path, vocab_size: int) -> GgufTokenizer:
         return _none(f"llama.cpp is given BPE tokenizers only, and this one is {model['type']}")
     if not model["merges"]:
         return _none("llama.cpp takes no BPE tokenizer without merges")
-    if max(tokens.values()) >= vocab_size:
-        return _none(f"it has a token {max(tokens.values())}, and the embedding has {vocab_size} rows")
+    beyond = sorted(token for token, number in tokens.items() if number >= vocab_size)
+    tokens = {token: number for token, number in tokens.items() if number < vocab_size}
     if model.get("byte_fallback"):
         made = _sentencepiece(parsed, tokens, vocab_size)
     else:
         made = _byte_level(parsed, tokens, vocab_size)
-    found = {**made.metadata, **_specials(tokenizer)}
-    return GgufTokenizer({f"tokenizer.{key}": value for key, value in found.items()}, made.notes)
+    found = {**made.metadata, **_specials(tokenizer, vocab_size)}
+    notes = made.notes
+    if beyond:
+        notes += (f"Left out of the tokenizer: {len(beyond)} tokens, such as {beyond[0]!r}, without a row in the embedding.",)
+    return GgufTokenizer({f"tokenizer.{key}": value for key, value in found.items()}, notes)
 
 
 def _none(why: str) -> GgufTokenizer:
@@ -171,11 +174,11 @@ def _splitter(part: Mapping[str, Any] | None) -> tuple[str, str | None]:
     )
 
 
-def _specials(tokenizer: Any) -> dict[str, MetadataValue]:
+def _specials(tokenizer: Any, size: int) -> dict[str, MetadataValue]:
     found: dict[str, MetadataValue] = {}
     for name in _SPECIALS:
         number = getattr(tokenizer, f"{name}_token_id", None)
-        if number is not None:
+        if number is not None and number < size:
             found[f"ggml.{_KEYS.get(name, name)}_token_id"] = MetadataValue(int(number), "UINT32")
     ids = tokenizer("a").input_ids
     found["ggml.add_bos_token"] = MetadataValue(len(ids) > 1 and ids[0] == tokenizer.bos_token_id, "BOOL")

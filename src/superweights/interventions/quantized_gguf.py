@@ -109,6 +109,11 @@ class QuantizedGguf:
         return sum(each.nbytes for each in self.tensors)
 
     @property
+    def keeping_share(self) -> float:
+        """What keeping adds, as a share of the file without it."""
+        return self.keeping_nbytes / (self.nbytes - self.keeping_nbytes)
+
+    @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight of all tensors, as llama.cpp counts."""
         return 8 * self.nbytes / sum(each.numel for each in self.tensors)
