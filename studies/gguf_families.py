@@ -60,7 +60,10 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 """Configs that are tried, by what is special about them; one plain one where none stand here."""
 
-HEADER = "| model type | config | largest difference of log p | with llama.cpp's GELU | std of log p |\n| --- | --- | --- | --- | --- |"
+HEADER = (
+    "| model type | config | largest difference of log p | with llama.cpp's GELU | std of log p |\n"
+    "| --- | --- | --- | --- | --- |"
+)
 
 
 class LlamaCpp:
@@ -194,11 +197,14 @@ def _regex(pattern: str) -> Any:
 
 def texts() -> list[str]:
     """Prose, and what splitters differ about."""
-    book = (ROOT / "src/superweights/data/heldout.txt")
-    prose = book.read_text(encoding="utf-8")[:40000] if book.is_file() else (ROOT / "README.md").read_text(encoding="utf-8")
+    book = ROOT / "src/superweights/data/heldout.txt"
+    prose = (
+        book.read_text(encoding="utf-8")[:40000] if book.is_file() else (ROOT / "README.md").read_text(encoding="utf-8")
+    )
     odd = (
         "I'm HERE, you'LL see  two   spaces\n\n\nnew lines\r\n\ttabs 1234567 3.14159 12,345,678 a1b2c3 (x+y)*z == \"ok\"!!! "
-        "naïve café Ünïcödé größe 你好，世界 日本語 русский язык عربي हिन्दी emoji 🙂👍🏽 -- --- ... http://a.b/c?d=e&f#g\n  indented\n    more\n "
+        "naïve café Ünïcödé größe 你好，世界 日本語 русский язык عربي हिन्दी emoji 🙂👍🏽 -- --- ... http://a.b/c?d=e&f#g "
+        "\n  indented\n    more\n "
         "CamelCaseWord snake_case_word O'Brien'S end "
     )
     return [odd, *[prose[start : start + 1000] for start in range(0, len(prose), 1000)]]

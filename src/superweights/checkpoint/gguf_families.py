@@ -46,13 +46,15 @@ class Family:
     needs: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Settings that llama.cpp takes for granted, and their values."""
     keys: Mapping[str, str] = field(default_factory=dict)
-    """Further settings that are written: key after the architecture, and the config's field. A field that is None is left out."""
+    """Further settings that are written: key after the architecture, and the config's field, left out where it is None."""
     constants: Mapping[str, float | bool] = field(default_factory=dict)
     """Settings that are the same for the whole family."""
     changes: Mapping[str, Change] = field(default_factory=dict)
     """What is done to tensors, by a pattern of their names in llama.cpp."""
     ropes: tuple[str, ...] = ("default",)
     """Kinds of rotary embedding that llama.cpp computes alike."""
+    implied: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    """Settings that llama.cpp makes out of others."""
     check: Callable[[Any], str | None] = lambda config: None
     """Says what else of a config llama.cpp would compute otherwise."""
     context: str | None = None
@@ -149,6 +151,88 @@ def family_tensors(
     return tuple(recipes) + tuple(_rope_tensors(config))
 
 
+def apply_metadata(
+    config: Any, metadata: Metadata, stored: Iterable[str], freqs: npt.NDArray[np.float32] | None, *, where: str
+) -> None:
+    """Puts into a config what a file's settings and tensors say: `family_metadata` the other way round.
+
+    transformers reads some of it, and leaves the rest at the defaults of the config's class.
+
+    Args:
+        config: what transformers read; a family that is not in the table is left alone.
+        metadata: the file's settings.
+        stored: names of its tensors.
+        freqs: its tensor rope_freqs, where it has one.
+        where: the file, for messages.
+
+    Raises:
+        UnsupportedArchitectureError: the rotary embedding is none that transformers has.
+    """
+    family = FAMILIES.get(config.model_type)
+    arch = str(metadata["general.architecture"].value)
+    if family is None or family.architecture != arch:
+        return
+    found = {key.removeprefix(f"{arch}."): each.value for key, each in metadata.items()}
+    fields = {key: (name,) for key, name in family.keys.items()} | _COMMON | {"vocab_size": ("vocab_size",)}
+    for key, names in fields.items():
+        name = next((each for each in names if hasattr(config, each)), None)
+        if name is not None and key in found and not isinstance(found[key], list):
+            setattr(config, name, found[key])
+    if hasattr(config, "head_dim") and "attention.key_length" in found:
+        config.head_dim = found["attention.key_length"]
+    _apply_rope(config, found, freqs, where)
+    for name, allowed in family.needs.items():
+        if getattr(config, name, allowed[0]) not in allowed:
+            setattr(config, name, allowed[0])
+    for name, value in family.implied.items():
+        setattr(config, name, value(config))
+    tensors = set(stored)
+    for field_name, bias in (("attention_bias", "blk.0.attn_q.bias"), ("mlp_bias", "blk.0.ffn_down.bias")):
+        if hasattr(config, field_name):
+            setattr(config, field_name, bias in tensors)
+    pad = getattr(config, "pad_token_id", None)
+    if pad is not None and pad >= config.vocab_size:  # the class's default
+        config.pad_token_id = None
+
+
+def _apply_rope(config: Any, found: Mapping[str, Any], freqs: npt.NDArray[np.float32] | None, where: str) -> None:
+    if not getattr(config, "rope_parameters", None) or "rope.freq_base" not in found:
+        return
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": found["rope.freq_base"]}
+    turned = found.get("rope.dimension_count", _head(config))
+    if turned != _head(config):
+        rope["partial_rotary_factor"] = turned / _head(config)
+    kind = found.get("rope.scaling.type", "none")
+    if kind in ("linear", "yarn"):
+        rope |= {"rope_type": kind, "factor": found["rope.scaling.factor"]}
+    if kind == "yarn":
+        rope["original_max_position_embeddings"] = found["rope.scaling.original_context_length"]
+    if freqs is not None:
+        rope |= _llama3_of(freqs, rope["rope_theta"], where)
+    if "full_attention" in config.rope_parameters:
+        config.rope_parameters = {**config.rope_parameters, "full_attention": rope}
+    else:
+        config.rope_parameters = rope
+
+
+def _llama3_of(freqs: npt.NDArray[np.float32], theta: float, where: str) -> dict[str, Any]:
+    """The settings whose factors these are; all models so far have the same low and high factors."""
+    for exponent in range(10, 21):
+        rope = {
+            "rope_type": "llama3",
+            "factor": float(freqs.max()),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 1 << exponent,
+        }
+        if np.allclose(_llama3_factors(rope, theta, len(freqs)), freqs, rtol=1e-4):
+            return rope
+    raise UnsupportedArchitectureError(
+        f"{where} scales the frequencies of its rotary embedding by factors ({freqs.min():g} to {freqs.max():g}) that are not "
+        "Llama 3's, which transformers has no setting for. Give the safetensors checkpoint it was converted from."
+    )
+
+
 def _recipe(
     family: Family, config: Any, name: str, sources: Sequence[str], tensors: Mapping[str, TensorEntry]
 ) -> GgufRecipe:
@@ -173,13 +257,20 @@ def _check(family: Family, config: Any, where: str) -> None:
         for name, allowed in family.needs.items()
         if getattr(config, name, allowed[0]) not in allowed
     ]
+    faults += [
+        f"{name} is {getattr(config, name)!r}, and llama.cpp takes {expected(config)!r}"
+        for name, expected in family.implied.items()
+        if getattr(config, name) != expected(config)
+    ]
     rope = _rope(config).get("rope_type", "default")
     if rope not in family.ropes:
         faults.append(f"its rotary embedding is {rope!r}, and written are {', '.join(family.ropes)}")
     if (other := family.check(config)) is not None:
         faults.append(other)
     if faults:
-        raise UnsupportedArchitectureError(f"Writing {where} as GGUF: {faults[0]}. {_CONVERTER}, if it takes the model.")
+        raise UnsupportedArchitectureError(
+            f"Writing {where} as GGUF: {faults[0]}. {_CONVERTER}, if it takes the model."
+        )
 
 
 def _rope(config: Any) -> Mapping[str, Any]:
@@ -205,19 +296,25 @@ def _rope_metadata(config: Any) -> dict[str, Any]:
 
 
 def _rope_tensors(config: Any) -> Iterator[GgufRecipe]:
-    """What llama.cpp divides frequencies by, where they are scaled one by one.
-
-    Source: transformers' `_compute_llama3_parameters`.
-    """
+    """What llama.cpp divides frequencies by, where they are scaled one by one."""
     rope = _rope(config)
     if rope.get("rope_type") != "llama3":
         return
-    half = _head(config) // 2
-    waves = 2 * pi * rope["rope_theta"] ** (np.arange(half, dtype=np.float64) / half)
+    factors = _llama3_factors(rope, rope["rope_theta"], _head(config) // 2)
+    yield GgufRecipe("rope_freqs.weight", factors.shape, (), lambda values: factors)
+
+
+def _llama3_factors(rope: Mapping[str, Any], theta: float, count: int) -> npt.NDArray[np.float32]:
+    """What each frequency is divided by.
+
+    Source:
+        transformers' `_compute_llama3_parameters`.
+    """
+    waves = 2 * pi * theta ** (np.arange(count, dtype=np.float64) / count)
     low, high, old = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
     share = np.clip((old / waves - low) / (high - low), 0, 1)
-    factors = (1 / (share + (1 - share) / rope["factor"])).astype(np.float32)
-    yield GgufRecipe("rope_freqs.weight", (half,), (), lambda values: factors)
+    factors: npt.NDArray[np.float32] = (1 / (share + (1 - share) / rope["factor"])).astype(np.float32)
+    return factors
 
 
 def _head(config: Any) -> int:
@@ -274,17 +371,14 @@ def _apart(rows: Array, config: Any) -> Array:
     return split.swapaxes(0, 1).reshape(rows.shape)
 
 
-def _gemma_scale(large: int) -> Callable[[Any], str | None]:
+def _gemma_scale(large: int) -> Mapping[str, Callable[[Any], Any]]:
     """Gemma's scale of attention, which llama.cpp chooses by the number of layers."""
 
-    def check(config: Any) -> str | None:
-        heads = config.hidden_size // config.num_attention_heads
-        expected = heads if config.num_hidden_layers == large else config.head_dim
-        if config.query_pre_attn_scalar != expected:
-            return f"query_pre_attn_scalar is {config.query_pre_attn_scalar}, and llama.cpp takes {expected}"
-        return None
+    def scalar(config: Any) -> int:
+        is_large = config.num_hidden_layers == large
+        return int(config.hidden_size // config.num_attention_heads if is_large else config.head_dim)
 
-    return check
+    return {"query_pre_attn_scalar": scalar}
 
 
 def _windows(every: int) -> Callable[[Any], str | None]:
@@ -297,10 +391,6 @@ def _windows(every: int) -> Callable[[Any], str | None]:
         return f"its layers {full} have full attention, and llama.cpp takes every {every}th"
 
     return check
-
-
-def _both(one: Callable[[Any], str | None], other: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
-    return lambda config: one(config) or other(config)
 
 
 def _all_heads(config: Any) -> str | None:
@@ -322,14 +412,18 @@ _TRANSPOSED = {
 _SHARED_GATE = {
     r"\.ffn_gate_inp_shexp\.": Change(lambda values, config: values.reshape(-1), lambda shape: (prod(shape),))
 }
-_SILU = {"hidden_act": ("silu",)}
+_SILU: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",)}
 _GEMMA = {"hidden_activation": ("gelu_pytorch_tanh", None), "attention_bias": (False,)}
 _EXPERTS = {
     "expert_count": "num_experts",
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
 }
-_EVERY_LAYER = {"decoder_sparse_step": (1,), "mlp_only_layers": ([], None), "use_sliding_window": (False,)}
+_EVERY_LAYER: dict[str, tuple[Any, ...]] = {
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": ([], None),
+    "use_sliding_window": (False,),
+}
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("llama", _SILU, changes=_PERMUTED, ropes=("default", "linear", "llama3", "yarn")),
@@ -376,8 +470,11 @@ FAMILIES: Mapping[str, Family] = {
             "attention.sliding_window": "sliding_window",
             "rope.scaling.original_context_length": "original_max_position_embeddings",
         },
+        context="sliding_window",
     ),
-    "gemma": Family("gemma", {"hidden_act": ("gelu_pytorch_tanh", "gelu"), "attention_bias": (False,)}, changes=_PLUS_ONE),
+    "gemma": Family(
+        "gemma", {"hidden_act": ("gelu_pytorch_tanh", "gelu"), "attention_bias": (False,)}, changes=_PLUS_ONE
+    ),
     "gemma2": Family(
         "gemma2",
         _GEMMA,
@@ -387,7 +484,8 @@ FAMILIES: Mapping[str, Family] = {
             "attention.sliding_window": "sliding_window",
         },
         changes=_PLUS_ONE,
-        check=_both(_gemma_scale(46), _windows(2)),
+        implied=_gemma_scale(46),
+        check=_windows(2),
     ),
     "gemma3_text": Family(
         "gemma3",
@@ -398,7 +496,8 @@ FAMILIES: Mapping[str, Family] = {
         },
         changes=_PLUS_ONE,
         ropes=("default", "linear"),
-        check=_both(_gemma_scale(62), _windows(6)),
+        implied=_gemma_scale(62),
+        check=_windows(6),
     ),
     "gpt2": Family(
         "gpt2",

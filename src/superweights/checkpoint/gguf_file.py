@@ -7,7 +7,7 @@ like one of a safetensors file.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from superweights.checkpoint.checkpoint import Checkpoint
+from superweights.checkpoint.gguf_families import apply_metadata
+from superweights.checkpoint.gguf_metadata import Metadata, read_metadata, reading
 from superweights.checkpoint.header import TensorEntry
 from superweights.checkpoint.local import WeightSource, open_directory
-from superweights.checkpoint.packed.gguf import PLAIN, dequantize_blocks, gguf_package, read_blocks
+from superweights.checkpoint.packed.gguf import PLAIN, dequantize_blocks, read_blocks
 from superweights.checkpoint.reference import ModelReference
 from superweights.checkpoint.scalars import StoredScalar
 from superweights.checkpoint.shards import Shards
@@ -85,8 +87,10 @@ def open_gguf(reference: ModelReference) -> "GgufCheckpoint":
     stored = {each.name: each for header in headers.values() for each in header}
     source = open_directory(reference.path.parent, Shards(tuple(headers)))
     try:
-        architecture = gguf_architecture(paths[0])
-        return GgufCheckpoint(reference, source, stored, architecture, _config(paths[0], architecture, stored))
+        metadata = read_metadata(paths[0])
+        architecture = str(metadata["general.architecture"].value)
+        config = _config(paths[0], metadata, stored, _frequencies(reference.path.parent, stored))
+        return GgufCheckpoint(reference, source, stored, architecture, config)
     except BaseException:
         source.close()
         raise
@@ -250,28 +254,6 @@ def read_gguf_header(path: Path) -> tuple[GgufTensor, ...]:
         return found
 
 
-@contextmanager
-def reading(path: Path) -> Iterator[Any]:
-    """The package's reader of a file, whose faults become one error."""
-    package = gguf_package()
-    try:
-        with np.errstate(all="ignore"):
-            yield package.GGUFReader(path)
-    except (
-        ValueError,
-        IndexError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        MemoryError,
-        ArithmeticError,
-    ) as error:
-        raise MalformedFileError(
-            f"{path} is no whole GGUF file of a model: {error or type(error).__name__}. Write or download it again."
-        ) from error
-
-
 def gguf_digest(tensors: Any, sizes: Mapping[str, int]) -> str:
     """Identity of headers: SHA-256, in hexadecimal, of names, types and shapes of tensors, and of the sizes of files."""
     import hashlib
@@ -285,6 +267,11 @@ def gguf_digest(tensors: Any, sizes: Mapping[str, int]) -> str:
 
 
 def gguf_parts(path: Path) -> list[Path]:
+    """A file, and with the first of several parts the others.
+
+    Raises:
+        MissingTensorError: a part is not there.
+    """
     match = _PART.fullmatch(path.name)
     if match is None:
         return [path]
@@ -299,32 +286,33 @@ def gguf_parts(path: Path) -> list[Path]:
     return paths
 
 
-def gguf_architecture(path: Path) -> str:
-    """What llama.cpp calls the architecture of a file.
-
-    Raises:
-        MalformedFileError: it is no whole GGUF file of a model.
-    """
-    with reading(path) as reader:
-        return str(reader.get_field("general.architecture").contents())
-
-
-def _config(path: Path, architecture: str, stored: Mapping[str, GgufTensor]) -> dict[str, Any]:
-    """The config that transformers reads out of a file's metadata."""
+def _config(
+    path: Path, metadata: Metadata, stored: Mapping[str, GgufTensor], freqs: npt.NDArray[np.float32] | None
+) -> dict[str, Any]:
+    """The config that transformers reads out of a file's metadata, and what of it transformers overlooks."""
     from transformers import AutoConfig
 
+    architecture = str(metadata["general.architecture"].value)
     try:
-        config: dict[str, Any] = AutoConfig.from_pretrained(
-            path.parent, gguf_file=path.name, local_files_only=True
-        ).to_dict()
+        found = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except Exception as error:
         raise UnsupportedArchitectureError(
             f"{path} is a model of llama.cpp's architecture {architecture!r}, of which the installed transformers makes none "
             f"of its own: {type(error).__name__}: {error}. Give the safetensors checkpoint it was converted from."
         ) from error
+    apply_metadata(found, metadata, stored, freqs, where=str(path))
+    config: dict[str, Any] = found.to_dict()
     if architecture not in _TIED:
         config["tie_word_embeddings"] = "output.weight" not in stored  # transformers looks at the first part only
     return config
+
+
+def _frequencies(directory: Path, stored: Mapping[str, GgufTensor]) -> npt.NDArray[np.float32] | None:
+    """What the frequencies of a rotary embedding are divided by, where a file says it one by one."""
+    tensor = stored.get("rope_freqs.weight")
+    if tensor is None or tensor.kind != "F32":
+        return None
+    return np.fromfile(directory / tensor.file, np.float32, tensor.nbytes // 4, offset=tensor.start)
 
 
 _TIED = ("falcon", "bloom")
@@ -395,6 +383,9 @@ def _transformers_names(
         raise UnsupportedArchitectureError(
             f"{where}: transformers cannot build the {model_type} that the file describes: {type(error).__name__}: {error}"
         ) from error
+    names |= {
+        f"{name}.weight": inside for name, inside in names.items() if name.endswith("_exps")
+    }  # whole in transformers
     strange = [name for name in stored if name not in names and not _COMPUTED.search(name)]
     if strange:
         first = stored[strange[0]]

@@ -1,12 +1,15 @@
 """The settings of a GGUF file: keys with typed values."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from superweights.checkpoint.gguf_file import reading
+import numpy as np
+
 from superweights.checkpoint.packed.gguf import gguf_package
+from superweights.errors import MalformedFileError
 
 _OF_THE_FILE = ("GGUF.", "split.")
 """Beginnings of keys that tell of one file, not of the model."""
@@ -27,6 +30,28 @@ class MetadataValue:
 Metadata = Mapping[str, MetadataValue]
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[Any]:
+    """The package's reader of a file, whose faults become one error."""
+    package = gguf_package()
+    try:
+        with np.errstate(all="ignore"):
+            yield package.GGUFReader(path)
+    except (
+        ValueError,
+        IndexError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        MemoryError,
+        ArithmeticError,
+    ) as error:
+        raise MalformedFileError(
+            f"{path} is no whole GGUF file of a model: {error or type(error).__name__}. Write or download it again."
+        ) from error
+
+
 def read_metadata(path: Path) -> dict[str, MetadataValue]:
     """All settings of a model, but for those that tell of the file.
 
@@ -35,11 +60,16 @@ def read_metadata(path: Path) -> dict[str, MetadataValue]:
         MalformedFileError: it is no whole GGUF file.
     """
     with reading(path) as reader:
-        return {
-            key: MetadataValue(each.contents(), each.types[0].name, each.types[-1].name if len(each.types) > 1 else None)
+        found = {
+            key: MetadataValue(
+                each.contents(), each.types[0].name, each.types[-1].name if len(each.types) > 1 else None
+            )
             for key, each in reader.fields.items()
             if not key.startswith(_OF_THE_FILE)
         }
+        if "general.architecture" not in found:
+            raise ValueError("it names no architecture")
+        return found
 
 
 def add_metadata(writer: Any, metadata: Metadata) -> None:

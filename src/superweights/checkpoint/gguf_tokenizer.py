@@ -64,14 +64,13 @@ def gguf_tokenizer(directory: Path, vocab_size: int) -> GgufTokenizer:
         return _none("llama.cpp takes no BPE tokenizer without merges")
     beyond = sorted(token for token, number in tokens.items() if number >= vocab_size)
     tokens = {token: number for token, number in tokens.items() if number < vocab_size}
-    if model.get("byte_fallback"):
-        made = _sentencepiece(parsed, tokens, vocab_size)
-    else:
-        made = _byte_level(parsed, tokens, vocab_size)
+    made = (_sentencepiece if model.get("byte_fallback") else _byte_level)(parsed, tokens, vocab_size)
     found = {**made.metadata, **_specials(tokenizer, vocab_size)}
     notes = made.notes
     if beyond:
-        notes += (f"Left out of the tokenizer: {len(beyond)} tokens, such as {beyond[0]!r}, without a row in the embedding.",)
+        notes += (
+            f"Left out of the tokenizer: {len(beyond)} tokens, such as {beyond[0]!r}, without a row in the embedding.",
+        )
     return GgufTokenizer({f"tokenizer.{key}": value for key, value in found.items()}, notes)
 
 
@@ -169,8 +168,8 @@ def _splitter(part: Mapping[str, Any] | None) -> tuple[str, str | None]:
     if plain and kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True) and pattern in _PATTERNS:
         return _PATTERNS[pattern], None
     return "default", (
-        f"llama.cpp knows no splitter of text like this one ({' + '.join(kinds) or 'none'}), so `default` is named and some text "
-        "becomes other tokens: give token numbers, or set tokenizer.ggml.pre."
+        f"llama.cpp knows no splitter of text like this one ({' + '.join(kinds) or 'none'}), so `default` is named and some "
+        "text becomes other tokens: give token numbers, or set tokenizer.ggml.pre."
     )
 
 

@@ -69,8 +69,12 @@ def block_size(kind: str) -> tuple[int, int]:
     return int(size), int(nbytes)
 
 
-def written_kind(text: str) -> str:
+def written_kind(text: str, layers: Sequence[int] = ()) -> str:
     """A type that can be written, by its name in any case.
+
+    Args:
+        text: the name.
+        layers: those with a super weight, for the message.
 
     Raises:
         UnknownNameError: GGUF has no such type.
@@ -83,10 +87,11 @@ def written_kind(text: str) -> str:
     mixture = kind.rpartition("_")[0] if kind.endswith(("_S", "_M", "_L")) else kind
     if kind not in known and mixture not in known:
         raise UnknownNameError.among("GGUF type", text, [each.lower() for each in WRITTEN_KINDS])
+    alone = " ".join(f"--tensor-type 'blk\\.{layer}\\.ffn_down=f16'" for layer in map(str, sorted(set(layers)) or "N"))
     raise UsageError(
-        f"{text} is a GGUF type that only llama.cpp writes. Write F16 here (--scheme f16), and quantize that file with the super "
-        f"weight's tensor left alone: llama-quantize --tensor-type 'blk\\.2\\.ffn_down=f16' in.gguf out.gguf {kind}, with the "
-        f"layer in place of 2. Written here: {', '.join(each.lower() for each in WRITTEN_KINDS)}."
+        f"{text} is a GGUF type that only llama.cpp writes. Write F16 here (--scheme f16), and quantize that file with the "
+        f"super weight's tensor left alone: llama-quantize {alone} f16.gguf out.gguf {kind}"
+        f"{'' if layers else ', with its layer in place of N'}. Written here: {', '.join(map(str.lower, WRITTEN_KINDS))}."
     )
 
 
@@ -95,7 +100,9 @@ def file_type(kind: str) -> int:
     return int(gguf_package().LlamaFileType[_FILE_TYPES.get(kind, f"MOSTLY_{kind}")])
 
 
-def encode(values: npt.NDArray[np.float32], kind: str, *, what: str, threads: int | None = None) -> npt.NDArray[np.uint8]:
+def encode(
+    values: npt.NDArray[np.float32], kind: str, *, what: str, threads: int | None = None
+) -> npt.NDArray[np.uint8]:
     """Values as blocks.
 
     Args:
@@ -114,9 +121,7 @@ def encode(values: npt.NDArray[np.float32], kind: str, *, what: str, threads: in
     rows = values.reshape(-1, values.shape[-1])
     step = max(1, _PIECE // rows.shape[1])
     with ThreadPoolExecutor(threads or os.cpu_count() or 1, "superweights-gguf") as pool:
-        pieces = pool.map(
-            lambda start: _encode_rows(rows[start : start + step], kind, what), range(0, len(rows), step)
-        )
+        pieces = pool.map(lambda start: _encode_rows(rows[start : start + step], kind, what), range(0, len(rows), step))
         blocks = np.concatenate(list(pieces))
     return blocks.reshape(*values.shape[:-1], -1)
 
@@ -131,8 +136,8 @@ def _encode_rows(rows: npt.NDArray[np.float32], kind: str, what: str) -> npt.NDA
         )
     if largest > _FLOAT16_MAX and kind not in ("F32", "BF16"):
         raise UsageError(
-            f"{what} holds {largest:g}, which is beyond float16, in which {kind} keeps values or scales. Write this model as bf16 "
-            "or f32; for a tensor of a super weight, --kept-type bf16 or f32."
+            f"{what} holds {largest:g}, which is beyond float16, in which {kind} keeps values or scales. Write this model as "
+            "bf16 or f32; for a tensor of a super weight, --kept-type bf16 or f32."
         )
     with np.errstate(all="ignore"):
         found = package.quantize(np.ascontiguousarray(rows, dtype=np.float32), package.GGMLQuantizationType[kind])

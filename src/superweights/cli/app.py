@@ -246,7 +246,9 @@ def _asked_verb(words: Sequence[str]) -> str | None:
 
 def _of_files(words: Sequence[str]) -> str:
     """What to say to somebody who takes --format for that of files."""
-    if "quantize" not in words or not {"gguf", "compressed-tensors"} & {word.rpartition("=")[2].lower() for word in words}:
+    if "quantize" not in words or not {"gguf", "compressed-tensors"} & {
+        word.rpartition("=")[2].lower() for word in words
+    }:
         return ""
     return " --format is how the answer is printed; files follow --to: NAME.gguf is one for llama.cpp, else compressed-tensors."
 

@@ -71,8 +71,9 @@ class QuantizeSettings:
 
     scheme: str | None = None
     """How weights are rounded: int4-g128 (the default), int8-row, int4-g64-asym, nf4-g64, int4-block512x512-minmax (the
-    paper's) ... For a .gguf file a type of llama.cpp: q4_0 (the default), q4_1, q5_0, q5_1, q8_0, f16 ... With --compare several, separated by commas (default: the paper's block sizes); with --activations the scheme
-    of the weights (default: int8-tensor, the paper's)."""
+    paper's) ... For a .gguf file a type of llama.cpp: q4_0 (the default), q4_1, q5_0, q5_1, q8_0, f16 ... With --compare
+    several, separated by commas (default: the paper's block sizes); with --activations the scheme of the weights (default:
+    int8-tensor, the paper's)."""
     keep: Annotated[str, HYPHEN_ALLOWED, Parameter(metavar="WEIGHTS")] = "auto"
     """Which weights keep their value to the bit: auto (find the super weights first), none, published (from the index), a
     .jsonl file of `find` (- for stdin), or coordinates such as 2:3968:7003, separated by commas."""
@@ -166,10 +167,10 @@ def quantize(
 ) -> int:
     """Quantizes a model without losing its super weights: writes it with --to, or only measures.
 
-    A name that ends in .gguf gives one file for llama.cpp; the source may then be a .gguf file as well. Any other is a folder,
-    whose files are those of compressed-tensors (pack-quantized), which transformers, vLLM and llm-compressor read. A matrix that
-    holds a super weight stays as it is stored: exact, readable everywhere, a few percent of the bytes at most in a large model.
-    Any model size goes through the memory of a few matrices; an interrupted run goes on where it was.
+    A name that ends in .gguf gives one file for llama.cpp; the source may then be a .gguf file as well. Any other is a folder
+    in the layout of compressed-tensors (pack-quantized), which transformers, vLLM and llm-compressor read. A matrix that holds
+    a super weight stays as it is stored: exact, readable everywhere, a few percent of the bytes at most in a large model. Any
+    model size goes through the memory of a few matrices; an interrupted run goes on where it was.
 
     Args:
         model: A directory, a Hub name or a URL.
@@ -210,7 +211,9 @@ def _check(settings: QuantizeSettings, tasks: TaskOptions) -> None:
             "--to writes one model, and --compare and --activations only measure: run one after the other."
         )
     if settings.kept_type is not None and (settings.to is None or not is_gguf(settings.to)):
-        raise UsageError("--kept-type is about .gguf files (--to NAME.gguf); other files keep such a matrix as it is stored.")
+        raise UsageError(
+            "--kept-type is about .gguf files (--to NAME.gguf); other files keep such a matrix as it is stored."
+        )
     if tasks.tasks and not settings.measures:
         raise UsageError("--tasks measures: add --measure, --compare or --activations.")
     if settings.peers and not (settings.measure or settings.compare):

@@ -98,7 +98,9 @@ def _show(
     write_table([row], title=f"{model} is quantized in {to}.")
     if kept:
         write_text("\n")
-        write_table(kept, title=f"Super weights: what the file holds of them, and what {written.kind} would make of them.")
+        write_table(
+            kept, title=f"Super weights: what the file holds of them, and what {written.kind} would make of them."
+        )
     elif keep == "auto" and not weights:
         write_text(f"\nNo super weight candidate in {model}: nothing is kept.\n")
     if written.unfit:
@@ -119,6 +121,7 @@ def _kept(weight: KeptWeight) -> dict[str, object]:
         "written": weight.written,
         "error": _error(weight.written, weight.value),
         "error if rounded": _error(weight.rounded, weight.value),
+        "neighbours' error if rounded": None if weight.block_error is None else _percent(weight.block_error),
     }
 
 

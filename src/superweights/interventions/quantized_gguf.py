@@ -7,11 +7,10 @@ piece of code.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +44,8 @@ from superweights.checkpoint.stored_projection import model_type_of
 from superweights.coordinates import Coordinate
 from superweights.errors import (
     CoordinateError,
-    MissingTensorError,
     NotACheckpointError,
     QuantizedCheckpointError,
-    UnsupportedArchitectureError,
     UsageError,
 )
 from superweights.interventions.weights import locate_stored
@@ -81,7 +78,9 @@ class KeptWeight:
     written: float | None = None
     """What the file holds; None while nothing is written."""
     rounded: float | None = None
-    """What the type of the other tensors makes of it; None while nothing is written."""
+    """What the type of the other tensors would make of it; None while nothing is written, or where that cannot hold it."""
+    block_error: float | None = None
+    """What that does to the other weights of its block: the root of their squared error over their squares."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,16 +162,16 @@ def quantize_to_gguf(
             return blocks
 
         write_gguf(target, opened.architecture, _metadata(opened, plan), plan.tensors, make, progress=progress)
-    return replace(plan, kept=tuple(sorted(kept, key=lambda each: plan_order(plan, each))))
-
-
-def plan_order(plan: QuantizedGguf, weight: KeptWeight) -> int:
-    """The place of a weight among those that were asked for."""
-    return [each.coordinate for each in plan.kept].index(weight.coordinate)
+    order = [each.coordinate for each in plan.kept]
+    return replace(plan, kept=tuple(sorted(kept, key=lambda each: order.index(each.coordinate))))
 
 
 def plan_quantized_gguf(
-    source: ModelReference | str | Path, kind: str = "q4_0", keep: Sequence[Coordinate] = (), *, kept_kind: str | None = None
+    source: ModelReference | str | Path,
+    kind: str = "q4_0",
+    keep: Sequence[Coordinate] = (),
+    *,
+    kept_kind: str | None = None,
 ) -> QuantizedGguf:
     """What `quantize_to_gguf` would write; of weights it reads the kept ones alone.
 
@@ -183,7 +182,7 @@ def plan_quantized_gguf(
 
 
 def _planned(source: "_Source", kind: str, keep: Sequence[Coordinate], kept_kind: str | None) -> QuantizedGguf:
-    kind = written_kind(kind)
+    kind = written_kind(kind, [each.layer for each in keep])
     kept_kind = None if kept_kind is None else written_kind(kept_kind)
     located = [(each, *source.locate(each)) for each in dict.fromkeys(keep)]
     values: dict[str, list[float]] = {}
@@ -195,8 +194,8 @@ def _planned(source: "_Source", kind: str, keep: Sequence[Coordinate], kept_kind
     for name, new in kinds.items():
         if source.kinds[name] not in PLAIN and source.kinds[name] != new:
             raise QuantizedCheckpointError(
-                f"{source.reference} is quantized already: {name} is {source.kinds[name]} there and would become {new}, rounded "
-                "twice. Give the F16, BF16 or F32 file, or the safetensors checkpoint."
+                f"{source.reference} is quantized already: {name} is {source.kinds[name]} there and would become {new}, "
+                "rounded twice. Give the F16, BF16 or F32 file, or the safetensors checkpoint."
             )
     tensors = tuple(NewGgufTensor(name, kinds[name], shape) for name, shape in source.shapes.items())
     return QuantizedGguf(
@@ -208,7 +207,10 @@ def _planned(source: "_Source", kind: str, keep: Sequence[Coordinate], kept_kind
             for coordinate, tensor, index in located
         ),
         tuple(name for name in plain if plain[name] == "F16" != kind and _rounded(source, name)),
-        sum(gguf_nbytes(kinds[name], source.shapes[name]) - gguf_nbytes(plain[name], source.shapes[name]) for name in values),
+        sum(
+            gguf_nbytes(kinds[name], source.shapes[name]) - gguf_nbytes(plain[name], source.shapes[name])
+            for name in values
+        ),
         source.notes,
     )
 
@@ -228,7 +230,7 @@ def _fitting(kind: str, shape: Sequence[int]) -> str:
 
 
 def _exact(stored: str, kind: str, values: Sequence[float]) -> str:
-    """The smallest plain type that holds values as they are: that of the other tensors where it does, else F16 where it does."""
+    """The smallest plain type that holds values as they are: that of the other tensors, else F16, else a wider one."""
     small = np.array(values, dtype=np.float32)
     with np.errstate(over="ignore"):
         fits = {
@@ -242,12 +244,20 @@ def _exact(stored: str, kind: str, values: Sequence[float]) -> str:
 
 def _read_back(source: "_Source", weight: KeptWeight, blocks: npt.NDArray[np.uint8], kind: str) -> KeptWeight:
     """What the file holds of a weight, and what it would hold at the type of the others."""
-    row = source.row(weight.tensor, weight.index[:-1])
+    row, col = source.row(weight.tensor, weight.index[:-1]), weight.index[-1]
     written = dequantize_blocks(blocks[weight.index[:-1]], weight.kind, what=weight.tensor)
+    found = replace(weight, written=float(written[col]))
     fitting = _fitting(kind, row.shape)
-    rounded = dequantize_blocks(encode(row, fitting, what=weight.tensor, threads=1), fitting, what=weight.tensor)
-    col = weight.index[-1]
-    return replace(weight, written=float(written[col]), rounded=float(rounded[col]))
+    try:
+        encoded = encode(row, fitting, what=weight.tensor, threads=1)
+    except UsageError:  # too large for that type, which is why it has another
+        return found
+    rounded = dequantize_blocks(encoded, fitting, what=weight.tensor)
+    size = block_size(fitting)[0]
+    others = [each for each in range(col - col % size, col - col % size + size) if each != col]
+    scale = float(np.linalg.norm(row[others]))
+    block_error = float(np.linalg.norm(rounded[others] - row[others])) / scale if scale else None
+    return replace(found, rounded=float(rounded[col]), block_error=block_error)
 
 
 def _metadata(source: "_Source", plan: QuantizedGguf) -> dict[str, MetadataValue]:
@@ -313,7 +323,9 @@ class _Safetensors(_Source):
         self.architecture = family.architecture
         self.metadata = {
             "general.type": MetadataValue("model", "STRING"),
-            "general.name": MetadataValue(checkpoint.reference.name.rstrip("/").rpartition("/")[2] or "model", "STRING"),
+            "general.name": MetadataValue(
+                checkpoint.reference.name.rstrip("/").rpartition("/")[2] or "model", "STRING"
+            ),
             **family_metadata(family, config, where),
             **tokenizer.metadata,
         }
@@ -357,7 +369,8 @@ class _Safetensors(_Source):
         if self.checkpoint.tensors[stored].shape == recipe.shape[-2:]:
             self.checkpoint.fetch_rows(stored, [index[-1]])
             return self.checkpoint.read_row(stored, index[-1:])
-        return self.values(name)[index]
+        row: _Values = self.values(name)[index]
+        return row
 
 
 class _GgufFile(_Source):
@@ -388,11 +401,11 @@ class _GgufFile(_Source):
         if len(found) != 1:
             layers = f"its layers are 0 to {max(self._layers)}" if self._layers else "it has no layers"
             raise CoordinateError(
-                f"Looking for {coordinate} in {self.reference}: it has {len(found) or 'none'} of {' and '.join(names)}; {layers}."
+                f"Looking for {coordinate} in {self.reference}: it has {len(found) or 'none'} of {' and '.join(names)}; "
+                f"{layers}."
             )
-        index = (coordinate.row, coordinate.col)
-        if coordinate.expert is not None:
-            index = (coordinate.expert, *index)
+        experts = () if coordinate.expert is None else (coordinate.expert,)
+        index = (*experts, coordinate.row, coordinate.col)
         shape = self.shapes[found[0]]
         if len(index) != len(shape) or any(place >= length for place, length in zip(index, shape, strict=True)):
             raise CoordinateError(f"{coordinate} is outside {found[0]} of {self.reference}, which is {list(shape)}.")
@@ -418,7 +431,9 @@ class _GgufFile(_Source):
 @contextmanager
 def _opened(source: ModelReference | str | Path) -> Iterator[_Source]:
     reference = ModelReference.parse(source)
-    if reference.name.endswith(".gguf") and reference.place == "path" and reference.path.is_file():
+    if reference.name.endswith(".gguf"):
+        if reference.place != "path" or not reference.path.is_file():
+            raise NotACheckpointError(f"There is no file {reference}. Give a .gguf file on this disk.")
         yield _GgufFile(reference)
         return
     with Checkpoint.open(reference) as checkpoint:
