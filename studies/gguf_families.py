@@ -1,7 +1,8 @@
 """Whether llama.cpp, given the GGUF files of `superweights quantize`, computes what transformers computes.
 
 For each family: a tiny random model, written as F32, run by llama.cpp and by transformers on the same tokens; the table has the
-largest difference of the log probabilities of any token at any place. For tokenizers: the same text in both. It runs in an
+largest difference of the log probabilities of any token at any place. For types: the root of the mean squared difference on a
+trained model. For tokenizers: the same text in both. It runs in an
 environment with llama.cpp's binding (`pip install xllamacpp`):
 
     python studies/gguf_families.py [FAMILY ...]
@@ -23,7 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from superweights.checkpoint.gguf_families import FAMILIES
 from superweights.checkpoint.gguf_tokenizer import _PATTERNS
+from superweights.checkpoint.gguf_writing import WRITTEN_KINDS, block_size
+from superweights.coordinates import Coordinate
 from superweights.interventions.quantized_gguf import quantize_to_gguf
+from superweights.model.loading import load
 from superweights.testing import tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,6 +165,33 @@ def differences(family: str, changes: dict[str, Any]) -> tuple[float, float | No
         return largest, looked_up, float(expected.std())
 
 
+def type_difference(kind: str) -> tuple[float, float]:
+    """Of llama.cpp on a trained model at a type from transformers on the same file's values, and what the type itself does.
+
+    llama.cpp rounds what a quantized matrix is multiplied by to 8 bits; transformers does not.
+    """
+    source = ROOT / "src/superweights/data/tiny-books"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.gguf")
+        quantize_to_gguf(source, path, kind, [Coordinate.parse("0:68:364")])
+        ids = AutoTokenizer.from_pretrained(source)(texts()[1][:200], return_tensors="pt").input_ids
+        plain, rounded = (_log_probabilities(each, ids) for each in (source, path))
+        engine = LlamaCpp(path)
+        places = range(0, ids.shape[1], 8)
+        found = torch.stack(
+            [engine.log_probabilities(ids[0, : place + 1].tolist(), plain.shape[-1]) for place in places]
+        )
+        expected = rounded[list(places)]
+        return float((found - expected).square().mean().sqrt()), float(
+            (expected - plain[list(places)]).square().mean().sqrt()
+        )
+
+
+def _log_probabilities(path: Path, ids: torch.Tensor) -> torch.Tensor:
+    with load(str(path)) as model, torch.no_grad():
+        return model.logits(model.states(ids))[0].float().log_softmax(-1)
+
+
 def tokenizers() -> Iterator[tuple[str, Path | None, PreTrainedTokenizerFast | None]]:
     """Models' own tokenizers, and one for each pattern that has a name in llama.cpp."""
     for name in ("src/superweights/data/tiny-books", "../shared/models/books1.5M", "../shared/models/stories260K"):
@@ -227,7 +258,7 @@ def different_texts(directory: Path | None, tokenizer: PreTrainedTokenizerFast |
 
 
 def main(families: Sequence[str]) -> None:
-    """Prints both tables, or the rows of some families."""
+    """Prints the tables, or the rows of some families."""
     for family in families:
         for what, changes in CHANGES.get(family, {"": {}}).items():
             largest, looked_up, spread = differences(family, changes)
@@ -239,6 +270,11 @@ def main(families: Sequence[str]) -> None:
     for family in sorted(FAMILIES):  # each in a process of its own: llama.cpp ends it where it refuses a model
         if subprocess.run([sys.executable, __file__, family], stderr=subprocess.DEVNULL).returncode:
             print(f"| {family} fails | | | |", flush=True)
+    print("\n| type | llama.cpp from transformers on the file | the file from the model |\n| --- | --- | --- |")
+    for kind in WRITTEN_KINDS:
+        if block_size(kind)[0] <= 32:  # the rows of this model are shorter than larger blocks
+            ours, theirs = type_difference(kind)
+            print(f"| {kind} | {ours:.1e} | {theirs:.1e} |", flush=True)
     print("\n| tokenizer | texts that become other tokens |\n| --- | --- |")
     for name, directory, tokenizer in tokenizers():
         different, tried = different_texts(directory, tokenizer)

@@ -82,6 +82,11 @@ def test_a_taken_target_shows_before_the_forward_pass(
     assert answer.status == 2 and "--overwrite" in answer.err
 
 
+def test_a_type_of_llama_cpp_in_a_folder_is_refused(ask: Ask, tmp_path: Path) -> None:
+    answer = ask("quantize", BOOKS, "--to", tmp_path / "q", "--scheme", "q4_0")
+    assert answer.status == 2 and f"name the target {tmp_path / 'q'}.gguf" in answer.err
+
+
 def test_the_kept_type_is_about_gguf_files(ask: Ask, tmp_path: Path) -> None:
     answer = ask("quantize", BOOKS, "--to", tmp_path / "q", "--kept-type", "q8_0")
     assert answer.status == 2 and "--kept-type is about .gguf files" in answer.err

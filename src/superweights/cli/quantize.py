@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from superweights.checkpoint import Checkpoint, ModelReference
 from superweights.checkpoint.copying import check_target
+from superweights.checkpoint.gguf_writing import WRITTEN_KINDS
 from superweights.cli.model_card import card_of, settings_of
 from superweights.cli.model_options import (
     DEFAULT_MODEL_OPTIONS,
@@ -241,6 +242,8 @@ def _check_gguf(settings: QuantizeSettings, tasks: TaskOptions) -> None:
 
 def _schemes(settings: QuantizeSettings) -> tuple[Scheme, ...]:
     default = _BLOCKS if settings.compare else "int8-tensor" if settings.activations else "int4-g128"
+    if settings.to is not None and str(settings.scheme).upper() in WRITTEN_KINDS:
+        raise UsageError(f"{settings.scheme} is a type of llama.cpp's files: name the target {settings.to}.gguf.")
     found = tuple(Scheme.parse(each) for each in (settings.scheme or default).split(","))
     if len(found) > 1 and not settings.compare:
         raise UsageError(f"--scheme {settings.scheme} names {len(found)} schemes; only --compare takes several.")
