@@ -35,6 +35,8 @@ def indexed(files: list[object]) -> dict[str, object]:
         (TWO, TWO),
         (["weights.safetensors"], ["weights.safetensors"]),
         (["weights.safetensors", "adapter_model.safetensors"], ["weights.safetensors"]),
+        (["weights.safetensors", "adapter/adapter_model.safetensors"], ["weights.safetensors"]),
+        (["model.safetensors", "adapter/adapter_model.safetensors"], ["model.safetensors"]),
         (["consolidated.safetensors"], ["consolidated.safetensors"]),
         (["model-00001-of-00001.safetensors"], ["model-00001-of-00001.safetensors"]),
     ],

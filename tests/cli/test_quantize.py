@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from superweights.checkpoint import Checkpoint
+from superweights.interventions.adapter import check_adapter, open_quantized
 from superweights.results.records import MeasurementRecord
 from superweights.results.store import read_records
 
@@ -26,6 +27,63 @@ def test_a_model_is_written_with_its_super_weight(ask: Ask, planted_checkpoint: 
         name = "model.layers.2.mlp.down_proj.weight"
         assert torch.equal(before.view(name), after.view(name))
         assert after.nbytes < before.nbytes
+
+
+def test_the_cost_of_a_plain_matrix_is_said(ask: Ask, planted_checkpoint: Path, tmp_path: Path) -> None:
+    words = ("--scheme", "int4-g16", "--keep", "2:49:7", "--to", tmp_path / "q")
+    answer = ask("quantize", planted_checkpoint, *words)
+    with Checkpoint.open(tmp_path / "q") as checkpoint:
+        plain, rest = 4 * 64 * 112, checkpoint.nbytes
+    packed = 64 * 112 // 2 + 4 * 64 * 7 + 16  # codes, float32 scales, the shape
+    assert f"Keeping weights exact takes {plain - packed} of {rest} bytes (" in answer.out
+    assert " bits per weight, 6.0" in answer.out  # 4 + 32 / 16 and the shapes
+
+
+def test_an_adapter_is_written_beside_the_model_and_said(ask: Ask, planted_checkpoint: Path, tmp_path: Path) -> None:
+    to = tmp_path / "q"
+    answer = ask("quantize", planted_checkpoint, "--scheme", "int4-g16", "--keep-in", "adapter", "--to", to)
+    assert (answer.status, answer.err) == (0, "")
+    assert f"the LoRA in {to / 'adapter'} adds them" in answer.out and "unrounded" not in answer.out
+    card = (to / "README.md").read_text()
+    assert 'PeftModel.from_pretrained(model, FOLDER + "/adapter")' in card
+    assert "CompressedTensorsConfig(dequantize=True)" in card and "--enable-lora --lora-modules" in card
+    assert json.loads((to / "superweights.json").read_text())["keep_in"] == "adapter"
+    assert json.loads((to / "adapter" / "superweights.json").read_text())["quantized"]["name"] == str(to)
+    with open_quantized(to) as files:
+        assert [str(each.coordinate) for each in check_adapter(to / "adapter", files).weights] == ["2:49:7"]
+    audited = ask("audit", to, "--original", planted_checkpoint, "--weights", "2:49:7", "--no-measure")
+    assert audited.status == 1 and "lost" in audited.out
+    assert f"The adapter in {to / 'adapter'} was made for these files and restores 2:49:7." in audited.out
+
+
+def test_an_adapter_of_another_model_is_found_by_the_audit(ask: Ask, planted_checkpoint: Path, tmp_path: Path) -> None:
+    words = ("--scheme", "int4-g16", "--keep", "2:49:7", "--keep-in", "adapter")
+    ask("quantize", planted_checkpoint, *words, "--to", tmp_path / "q")
+    ask("quantize", planted_checkpoint, "--scheme", "int8-row", "--keep", "none", "--to", tmp_path / "other")
+    (tmp_path / "q" / "adapter").rename(tmp_path / "other" / "adapter")
+    audited = ask("audit", tmp_path / "other", "--original", planted_checkpoint, "--weights", "2:49:7", "--no-measure")
+    assert "is another model: its tensors differ" in audited.out
+
+
+def test_int8_holds_the_super_weight(ask: Ask, planted_checkpoint: Path, tmp_path: Path) -> None:
+    words = (
+        "--scheme",
+        "int4-g16",
+        "--keep",
+        "2:49:7",
+        "--keep-in",
+        "int8",
+        "--to",
+        tmp_path / "q",
+        "--format",
+        "json",
+    )
+    (row,) = json.loads(ask("quantize", planted_checkpoint, *words).out)
+    assert row["kept_in"] == "int8" and row["unrounded"] == [] and row["bytes_to_keep"] == 64 * 112 // 2
+    assert "packed in 8 bits" in (tmp_path / "q" / "README.md").read_text()
+    words = ("--original", planted_checkpoint, "--weights", "2:49:7", "--no-measure", "--format", "json")
+    (audited,) = json.loads(ask("audit", tmp_path / "q", *words).out)
+    assert (audited["verdict"], audited["error"]) == ("kept", 0)
 
 
 def test_keeping_none_needs_no_forward_pass(
@@ -118,6 +176,13 @@ def test_json_says_what_was_written(ask: Ask, planted_checkpoint: Path, tmp_path
         (("--budget", "many", "--to", "TO", "--scheme", "int4-g16"), "no number of bits per weight"),
         (("--budget", "3", "--to", "TO", "--scheme", "int4-g16", *QUICK), "Give that or more"),
         (("--tasks", "all", "--to", "TO"), "--tasks measures"),
+        (("--keep-in", "adapter", "--measure"), "--keep-in adapter is about files: add --to DIR"),
+        (("--keep-in", "int8", "--budget", "5", "--to", "TO"), "--budget leaves matrices with super weights as they"),
+        (
+            ("--keep-in", "int8", "--scheme", "int4-row", "--keep", "2:48:7", "--to", "TO"),
+            "only the largest weight of a row is exact there",
+        ),
+        (("--keep-in", "adapter", "--amplify", "2", "--scheme", "int4-g16", "--to", "TO"), "Amplify them in the plain"),
         (("--plot", "x.png", "--to", "TO"), "--plot draws what was measured"),
     ],
 )

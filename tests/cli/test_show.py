@@ -185,16 +185,29 @@ def test_an_unknown_tensor_names_the_near_ones(write: Write, ask: Ask) -> None:
 @pytest.mark.parametrize(
     ("weights", "name", "config", "says"),
     [
-        (np.zeros((3, H), np.int32), NAME.replace("weight", "qweight"), {"quant_method": "gptq", "bits": 4}, "by gptq, 4 bits"),
-        (np.zeros((H, INNER), np.int8), NAME, {"quant_method": "bitsandbytes", "load_in_8bit": True}, "as I8 by bitsandbytes"),
+        (np.zeros((3, H), np.int32), NAME.replace("weight", "qweight"), {"quant_method": "gptq", "bits": 4}, "no qzeros"),
+        (np.zeros((H, INNER), np.int8), NAME, {"quant_method": "bitsandbytes", "load_in_8bit": True}, "without the scales"),
+        (np.zeros((H, INNER), np.int8), NAME, {"quant_method": "aqlm"}, "quant_method 'aqlm'"),
     ],
 )  # fmt: skip
-def test_packed_weights_are_refused_with_the_quantizer(
+def test_packed_weights_that_cannot_be_read_are_refused(
     weights: Array, name: str, config: dict[str, Any], says: str, write: Write, ask: Ask
 ) -> None:
     answer = ask("show", write(weights, name=name, quantization_config=config), "1:0:0")
     assert (answer.status, answer.out) == (3, "")
-    assert f"packed {says}" in answer.err
+    assert says in answer.err
+
+
+def test_a_packed_weight_is_what_its_code_stands_for(planted_checkpoint: Path, tmp_path: Path, ask: Ask) -> None:
+    quantized = tmp_path / "q"
+    assert ask("quantize", planted_checkpoint, "--scheme", "int4-g16", "--keep", "none", "--to", quantized).status == 0
+    found = json.loads(ask("show", quantized, "2:49:7", "--format", "json").out)[0]
+    assert (found["bits"], found["format"], found["sharing"]) == (None, "compressed-tensors pack-quantized", 16)
+    assert found["rank"] == 1 and found["row_neighbours"]["7"] == found["value"]
+    assert abs(found["value"] + 64) <= found["step"] / 2 and found["value"] / found["step"] == pytest.approx(
+        -7, abs=0.01
+    )
+    assert "at the end of its grid" in ask("show", quantized, "2:49:7").out
 
 
 def test_no_such_path(tmp_path: Path, ask: Ask) -> None:

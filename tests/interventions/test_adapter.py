@@ -410,12 +410,13 @@ def test_peft_loads_it_and_the_logits_are_those_of_the_value_put_back(
 
 
 def test_without_the_package_gguf_it_says_how_to_get_it(
-    original: LoadedModel, clipped: Path, monkeypatch: pytest.MonkeyPatch
+    original: LoadedModel, clipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UsageError, match=r"pip install superweights\[gguf\]"):
         plan(original, clipped, SUPER, form="gguf")
-    with pytest.raises(UsageError, match=r"pip install superweights\[gguf\]"), open_quantized("some.gguf"):
+    (tmp_path / "some.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UsageError, match=r"pip install superweights\[gguf\]"), open_quantized(tmp_path / "some.gguf"):
         pass
 
 

@@ -109,9 +109,18 @@ class Checkpoint:
         """The file in `directory` that is config and tokenizer as well, for a GGUF model."""
         return None
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there are files of a tokenizer."""
+        return any(any(self.directory.glob(each)) for each in ("tokenizer*", "vocab*", "*.model"))
+
     def is_packed(self, name: str) -> bool:
         """Whether a tensor has no bytes of its own that are its values: `view` makes it of what is stored."""
         return False
+
+    def stored_as(self, name: str) -> str:
+        """The number format, or the type of blocks, that a tensor has in the file, such as "BF16"."""
+        return self.entry(name).dtype
 
     def packed_matrix(self, name: str, expert: int | None = None) -> "PackedMatrix | None":
         """What a quantizer left of a matrix; None for one that is stored plain.

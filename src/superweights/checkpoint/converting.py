@@ -69,6 +69,7 @@ def convert_checkpoint(
     *,
     files: Mapping[str, str],
     recipe: str = "",
+    finish: Callable[[Path], None] | None = None,
     overwrite: bool = False,
     threads: int | None = None,
     progress: Progress = NO_PROGRESS,
@@ -82,6 +83,8 @@ def convert_checkpoint(
         files: texts of further files by name, such as config.json; they replace the model's own. With the checkpoint and the
             recipe they say what is being made: a run is resumed where these are the same.
         recipe: what `files` do not tell of how tensors are made.
+        finish: called with the folder that holds the whole new checkpoint, before it takes its place. What it adds there comes
+            along; after an interruption it is called again, and may find what it left.
         overwrite: whether a model that is at `to` already may be replaced.
         threads: tensors worked on at once; default: one per core.
         progress: hears about each tensor.
@@ -107,6 +110,8 @@ def convert_checkpoint(
             _fill(checkpoint, shard, folder / name, threads, progress)
         copy_small_files(checkpoint.directory, folder, but=files)
         _write_texts(checkpoint, folder, shards, files)
+        if finish is not None:
+            finish(folder)
         for each in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
             sync_folder(each)
         (folder / _IDENTITY).unlink()  # so late that an interruption before finds it

@@ -6,9 +6,10 @@ settings a family has, which llama.cpp takes for granted, and which tensors it s
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import pi, prod
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -151,86 +152,26 @@ def family_tensors(
     return tuple(recipes) + tuple(_rope_tensors(config))
 
 
-def apply_metadata(
-    config: Any, metadata: Metadata, stored: Iterable[str], freqs: npt.NDArray[np.float32] | None, *, where: str
-) -> None:
-    """Puts into a config what a file's settings and tensors say: `family_metadata` the other way round.
-
-    transformers reads some of it, and leaves the rest at the defaults of the config's class.
+def known_settings(
+    architecture: str, config: Mapping[str, Any], said: Mapping[str, Any], stored: Container[str]
+) -> dict[str, Any]:
+    """Fields of a config that a GGUF file says or implies, and transformers overlooks: `family_metadata` the other way round.
 
     Args:
-        config: what transformers read; a family that is not in the table is left alone.
-        metadata: the file's settings.
+        architecture: what llama.cpp calls it.
+        config: what is known of the config; a model type that is not in the table has nothing added.
+        said: the file's settings, by keys without the architecture.
         stored: names of its tensors.
-        freqs: its tensor rope_freqs, where it has one.
-        where: the file, for messages.
-
-    Raises:
-        UnsupportedArchitectureError: the rotary embedding is none that transformers has.
     """
-    family = FAMILIES.get(config.model_type)
-    arch = str(metadata["general.architecture"].value)
-    if family is None or family.architecture != arch:
-        return
-    found = {key.removeprefix(f"{arch}."): each.value for key, each in metadata.items()}
-    fields = {key: (name,) for key, name in family.keys.items()} | _COMMON | {"vocab_size": ("vocab_size",)}
-    for key, names in fields.items():
-        name = next((each for each in names if hasattr(config, each)), None)
-        if name is not None and key in found and not isinstance(found[key], list):
-            setattr(config, name, found[key])
-    if hasattr(config, "head_dim") and "attention.key_length" in found:
-        config.head_dim = found["attention.key_length"]
-    _apply_rope(config, found, freqs, where)
-    for name, allowed in family.needs.items():
-        if getattr(config, name, allowed[0]) not in allowed:
-            setattr(config, name, allowed[0])
-    for name, value in family.implied.items():
-        setattr(config, name, value(config))
-    tensors = set(stored)
-    for field_name, bias in (("attention_bias", "blk.0.attn_q.bias"), ("mlp_bias", "blk.0.ffn_down.bias")):
-        if hasattr(config, field_name):
-            setattr(config, field_name, bias in tensors)
-    pad = getattr(config, "pad_token_id", None)
-    if pad is not None and pad >= config.vocab_size:  # the class's default
-        config.pad_token_id = None
-
-
-def _apply_rope(config: Any, found: Mapping[str, Any], freqs: npt.NDArray[np.float32] | None, where: str) -> None:
-    if not getattr(config, "rope_parameters", None) or "rope.freq_base" not in found:
-        return
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": found["rope.freq_base"]}
-    turned = found.get("rope.dimension_count", _head(config))
-    if turned != _head(config):
-        rope["partial_rotary_factor"] = turned / _head(config)
-    kind = found.get("rope.scaling.type", "none")
-    if kind in ("linear", "yarn"):
-        rope |= {"rope_type": kind, "factor": found["rope.scaling.factor"]}
-    if kind == "yarn":
-        rope["original_max_position_embeddings"] = found["rope.scaling.original_context_length"]
-    if freqs is not None:
-        rope |= _llama3_of(freqs, rope["rope_theta"], where)
-    if "full_attention" in config.rope_parameters:
-        config.rope_parameters = {**config.rope_parameters, "full_attention": rope}
-    else:
-        config.rope_parameters = rope
-
-
-def _llama3_of(freqs: npt.NDArray[np.float32], theta: float, where: str) -> dict[str, Any]:
-    """The settings whose factors these are; all models so far have the same low and high factors."""
-    for exponent in range(10, 21):
-        rope = {
-            "rope_type": "llama3",
-            "factor": float(freqs.max()),
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 1 << exponent,
-        }
-        if np.allclose(_llama3_factors(rope, theta, len(freqs)), freqs, rtol=1e-4):
-            return rope
-    raise UnsupportedArchitectureError(
-        f"{where} scales the frequencies of its rotary embedding by factors ({freqs.min():g} to {freqs.max():g}) that are not "
-        "Llama 3's, which transformers has no setting for. Give the safetensors checkpoint it was converted from."
-    )
+    family = FAMILIES.get(str(config["model_type"]))
+    if family is None or family.architecture != architecture:
+        return {}
+    found = {name: said[key] for key, name in family.keys.items() if key in said}
+    found |= {
+        name: allowed[0] for name, allowed in family.needs.items() if name in config and config[name] not in allowed
+    }
+    found |= {name: value(SimpleNamespace(**config)) for name, value in family.implied.items()}
+    return found | {name: bias in stored for name, bias in _BIASES.items() if name in config}
 
 
 def _recipe(
@@ -340,6 +281,8 @@ _FLOATS = re.compile(r"epsilon|scale$|freq_base|softcapping|clamp|factor")
 _EXPERT = re.compile(r"experts\.\d+\.")
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$")
 """Buffers of old checkpoints."""
+_BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_down.bias"}
+"""Settings that only a tensor tells of."""
 _COMMON = {
     "context_length": ("max_position_embeddings",),
     "embedding_length": ("hidden_size",),

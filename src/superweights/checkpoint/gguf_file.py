@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from superweights.checkpoint.checkpoint import Checkpoint
-from superweights.checkpoint.gguf_families import apply_metadata
-from superweights.checkpoint.gguf_metadata import Metadata, read_metadata, reading
+from superweights.checkpoint.gguf_config import ROPE_TENSORS, gguf_config
+from superweights.checkpoint.gguf_header import GgufHeader, GgufTensor, gguf_digest, read_gguf_header
 from superweights.checkpoint.header import TensorEntry
 from superweights.checkpoint.local import WeightSource, open_directory
 from superweights.checkpoint.packed.gguf import PLAIN, dequantize_blocks, read_blocks
@@ -43,25 +44,7 @@ _EXPERT_NAMES = {
     "qwen3_moe": "{layer}.mlp.experts.{expert}.{what}_proj.weight",
 }
 """What one expert's matrix is called in checkpoints of a model type."""
-_COMPUTED = re.compile(r"rope_freqs\.weight|rope_factors_(long|short)\.weight")
-"""Tensors that hold what transformers computes from the config."""
 _BLOCK = re.compile(r"(?:.*\.)?\d+(?=\.)")
-
-
-@dataclass(frozen=True, slots=True)
-class GgufTensor:
-    """One tensor as a GGUF file holds it."""
-
-    name: str
-    """Its name in llama.cpp."""
-    kind: str
-    """Its type, such as "Q4_K"."""
-    shape: tuple[int, ...]
-    """[.., rows, cols]: the reverse of the order that GGUF writes lengths in."""
-    file: str
-    start: int
-    """First byte in the file."""
-    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +66,13 @@ def open_gguf(reference: ModelReference) -> "GgufCheckpoint":
         QuantizedCheckpointError: transformers' model has no place for a tensor.
     """
     paths = gguf_parts(reference.path)
-    headers = {path.name: read_gguf_header(path) for path in paths}
-    stored = {each.name: each for header in headers.values() for each in header}
-    source = open_directory(reference.path.parent, Shards(tuple(headers)))
+    headers = [read_gguf_header(path) for path in paths]
+    whole = GgufHeader(tuple(each for header in headers for each in header.tensors), headers[0].metadata)
+    source = open_directory(reference.path.parent, Shards(tuple(path.name for path in paths)))
     try:
-        metadata = read_metadata(paths[0])
-        architecture = str(metadata["general.architecture"].value)
-        config = _config(paths[0], metadata, stored, _frequencies(reference.path.parent, stored))
-        return GgufCheckpoint(reference, source, stored, architecture, config)
+        by_name = {each.name: each for each in whole.tensors}
+        config = gguf_config(paths[0], whole, lambda name: _values(source, _Origin(by_name[name])))
+        return GgufCheckpoint(reference, source, whole, config=config)
     except BaseException:
         source.close()
         raise
@@ -100,20 +82,20 @@ class GgufCheckpoint(Checkpoint):
     """See the module. Made by `open_gguf`.
 
     Attributes:
-        stored: the tensors of the file by their names in llama.cpp.
-        architecture: what llama.cpp calls its architecture.
+        header: what the file says, of all its parts.
     """
 
     def __init__(
         self,
         reference: ModelReference,
         source: WeightSource,
-        stored: Mapping[str, GgufTensor],
-        architecture: str,
+        header: GgufHeader,
+        *,
         config: dict[str, Any],
     ) -> None:
-        self.stored, self.architecture = stored, architecture
-        self._order = _Order(architecture, config)
+        self.header = header
+        self._order = _Order(header.architecture, config)
+        stored = {each.name: each for each in header.tensors}
         names, shapes = _transformers_names(config, self._order, stored, str(reference))
         self._origins = dict(_origins(names, stored, str(config["model_type"])))
         self._as_stored = {name for name, each in self._origins.items() if self._order.keeps(each.stored)}
@@ -140,7 +122,7 @@ class GgufCheckpoint(Checkpoint):
     @property
     def digest(self) -> str:
         """As for other checkpoints, with the types of GGUF; see `gguf_digest`."""
-        return gguf_digest(self.stored.values(), {name: file.size for name, file in self._files.items()})
+        return gguf_digest(self.header, [file.size for file in self._files.values()])
 
     def require_plain(self, purpose: str) -> None:
         """Refuses: a GGUF file is only read."""
@@ -153,19 +135,23 @@ class GgufCheckpoint(Checkpoint):
         """Whether a tensor is quantized, or in another order than in transformers."""
         return name in self._origins and self._is_made(name, self._origins[name])
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the file holds a tokenizer as well."""
+        return self.header.metadata.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
+
+    def stored_as(self, name: str) -> str:
+        """The GGUF type of a tensor, such as "Q4_K"."""
+        return self._origins[name].stored.kind if name in self._origins else super().stored_as(name)
+
     def view(self, name: str) -> "torch.Tensor":
         """A tensor; one that is quantized or in another order is made anew, in float32."""
         import torch
 
         if not self.is_packed(name):
             return super().view(name)
-        origin, entry = self._origins[name], self.entry(name)
-        values = self._order.undo(origin.stored.name, self._values(origin))
-        if values.shape != entry.shape:
-            raise MalformedFileError(
-                f"{self.reference}: {origin.stored.name} has the shape {list(values.shape)}, and by the file's metadata {name} "
-                f"has {list(entry.shape)}. Convert the model again."
-            )
+        origin = self._origins[name]
+        values = self._order.undo(origin.stored.name, _values(self._source, origin)).reshape(self.entry(name).shape)
         return torch.from_numpy(np.ascontiguousarray(values))
 
     def view_rows(self, name: str, rows: Sequence[int]) -> "torch.Tensor":
@@ -174,7 +160,9 @@ class GgufCheckpoint(Checkpoint):
 
         if not self.is_packed(name) or name not in self._as_stored:
             return super().view_rows(name, rows)
-        return torch.from_numpy(self._values(self._origins[name], rows))
+        if not rows:
+            return torch.empty(0, *self.entry(name).shape[1:])
+        return torch.from_numpy(_values(self._source, self._origins[name], rows))
 
     def packed_matrix(self, name: str, expert: int | None = None) -> "PackedMatrix | None":
         """What the quantizer left of a matrix, [rows, cols]; None for one that is stored plain."""
@@ -186,7 +174,7 @@ class GgufCheckpoint(Checkpoint):
             raise QuantizedCheckpointError(
                 f"{name} of {self.reference} is stored as {origin.stored.kind} in an order whose blocks are not followed."
             )
-        found = read_blocks(self._blocks(origin), origin.stored.kind, module=name.removesuffix(".weight"))
+        found = read_blocks(_blocks(self._source, origin), origin.stored.kind, module=name.removesuffix(".weight"))
         if np.array_equal(order, np.arange(len(order))):
             return found
         steps = found.steps.expand(found.weights.shape)
@@ -216,54 +204,20 @@ class GgufCheckpoint(Checkpoint):
                 "weight has no bytes of its own. `superweights show` and `audit` give the value that it stands for."
             )
 
-    def _values(self, origin: _Origin, rows: Sequence[int] | None = None) -> npt.NDArray[np.float32]:
-        """Float32 [.., rows, cols] in the order of the file."""
-        blocks = self._blocks(origin)
-        chosen = blocks if rows is None else blocks[list(rows)]
-        return dequantize_blocks(chosen, origin.stored.kind, what=origin.stored.name)
 
-    def _blocks(self, origin: _Origin) -> npt.NDArray[np.uint8]:
-        """The bytes of a tensor on the file's map, [.., rows, bytes of a row]."""
-        stored = origin.stored
-        found = np.frombuffer(self._files[stored.file].map, np.uint8, stored.nbytes, stored.start)
-        shaped = found.reshape(*stored.shape[:-1], -1)
-        return shaped if origin.expert is None else shaped[origin.expert]
+def _values(source: WeightSource, origin: _Origin, rows: Sequence[int] | None = None) -> npt.NDArray[np.float32]:
+    """Float32 [.., rows, cols] in the order of the file."""
+    blocks = _blocks(source, origin)
+    chosen = blocks if rows is None else blocks[list(rows)]
+    return dequantize_blocks(chosen, origin.stored.kind, what=origin.stored.name)
 
 
-def read_gguf_header(path: Path) -> tuple[GgufTensor, ...]:
-    """The tensors of one file.
-
-    Raises:
-        UsageError: the package gguf is not installed.
-        MalformedFileError: it is no whole GGUF file.
-    """
-    with reading(path) as reader:
-        found = tuple(
-            GgufTensor(
-                each.name,
-                each.tensor_type.name,
-                tuple(int(length) for length in reversed(each.shape)),
-                path.name,
-                int(each.data_offset),
-                int(each.n_bytes),
-            )
-            for each in reader.tensors
-        )
-        if not found:
-            raise ValueError("it holds no tensor")
-        return found
-
-
-def gguf_digest(tensors: Any, sizes: Mapping[str, int]) -> str:
-    """Identity of headers: SHA-256, in hexadecimal, of names, types and shapes of tensors, and of the sizes of files."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for each in sorted(tensors, key=lambda tensor: tensor.name):
-        digest.update(repr((each.name, each.kind, each.shape)).encode())
-    for size in sorted(sizes.values()):
-        digest.update(repr(size).encode())
-    return digest.hexdigest()
+def _blocks(source: WeightSource, origin: _Origin) -> npt.NDArray[np.uint8]:
+    """The bytes of a tensor on the file's map, [.., rows, bytes of a row]."""
+    stored = origin.stored
+    found = np.frombuffer(source.files[stored.file].map, np.uint8, stored.nbytes, stored.start)
+    shaped = found.reshape(*stored.shape[:-1], -1)
+    return shaped if origin.expert is None else shaped[origin.expert]
 
 
 def gguf_parts(path: Path) -> list[Path]:
@@ -284,39 +238,6 @@ def gguf_parts(path: Path) -> list[Path]:
             f"({len(absent)} are missing). Download the missing files."
         )
     return paths
-
-
-def _config(
-    path: Path, metadata: Metadata, stored: Mapping[str, GgufTensor], freqs: npt.NDArray[np.float32] | None
-) -> dict[str, Any]:
-    """The config that transformers reads out of a file's metadata, and what of it transformers overlooks."""
-    from transformers import AutoConfig
-
-    architecture = str(metadata["general.architecture"].value)
-    try:
-        found = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    except Exception as error:
-        raise UnsupportedArchitectureError(
-            f"{path} is a model of llama.cpp's architecture {architecture!r}, of which the installed transformers makes none "
-            f"of its own: {type(error).__name__}: {error}. Give the safetensors checkpoint it was converted from."
-        ) from error
-    apply_metadata(found, metadata, stored, freqs, where=str(path))
-    config: dict[str, Any] = found.to_dict()
-    if architecture not in _TIED:
-        config["tie_word_embeddings"] = "output.weight" not in stored  # transformers looks at the first part only
-    return config
-
-
-def _frequencies(directory: Path, stored: Mapping[str, GgufTensor]) -> npt.NDArray[np.float32] | None:
-    """What the frequencies of a rotary embedding are divided by, where a file says it one by one."""
-    tensor = stored.get("rope_freqs.weight")
-    if tensor is None or tensor.kind != "F32":
-        return None
-    return np.fromfile(directory / tensor.file, np.float32, tensor.nbytes // 4, offset=tensor.start)
-
-
-_TIED = ("falcon", "bloom")
-"""Architectures whose files repeat the embedding as the output."""
 
 
 class _Order:
@@ -378,15 +299,14 @@ def _transformers_names(
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-        names: dict[str, str] = get_gguf_hf_weights_map(model, order.processor)
+        found: dict[str, str] = get_gguf_hf_weights_map(model, order.processor)
     except Exception as error:
         raise UnsupportedArchitectureError(
             f"{where}: transformers cannot build the {model_type} that the file describes: {type(error).__name__}: {error}"
         ) from error
-    names |= {
-        f"{name}.weight": inside for name, inside in names.items() if name.endswith("_exps")
-    }  # whole in transformers
-    strange = [name for name in stored if name not in names and not _COMPUTED.search(name)]
+    # Experts that transformers packs as a parameter have no ".weight" in the names it makes.
+    names = {name: found.get(name) or found.get(name.removesuffix(".weight"), "") for name in stored}
+    strange = [name for name, inside in names.items() if not inside and name not in ROPE_TENSORS]
     if strange:
         first = stored[strange[0]]
         raise QuantizedCheckpointError(
@@ -395,7 +315,7 @@ def _transformers_names(
             "safetensors checkpoint it was converted from."
         )
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    return {name: names[name] for name in stored if name in names}, shapes
+    return {name: inside for name, inside in names.items() if inside}, shapes
 
 
 def _origins(
@@ -420,6 +340,11 @@ def _origins(
 
 def _entry(name: str, origin: _Origin, shape: tuple[int, ...], *, plain: bool) -> TensorEntry:
     stored = origin.stored
+    if prod(shape) != prod(stored.shape) // (1 if origin.expert is None else stored.shape[0]):
+        raise MalformedFileError(
+            f"{stored.file}: {stored.name} has the shape {list(stored.shape)}, and by the file's metadata {name} has "
+            f"{list(shape)}. Write or download it again."
+        )
     size = stored.nbytes if origin.expert is None else stored.nbytes // stored.shape[0]
     start = stored.start + size * (origin.expert or 0)
     return TensorEntry(name, stored.file, PLAIN[stored.kind] if plain else "F32", shape, start, start + size)

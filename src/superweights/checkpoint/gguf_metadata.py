@@ -1,15 +1,12 @@
 """The settings of a GGUF file: keys with typed values."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from superweights.checkpoint.gguf_header import reading
 from superweights.checkpoint.packed.gguf import gguf_package
-from superweights.errors import MalformedFileError
 
 _OF_THE_FILE = ("GGUF.", "split.")
 """Beginnings of keys that tell of one file, not of the model."""
@@ -28,28 +25,6 @@ class MetadataValue:
 
 
 Metadata = Mapping[str, MetadataValue]
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[Any]:
-    """The package's reader of a file, whose faults become one error."""
-    package = gguf_package()
-    try:
-        with np.errstate(all="ignore"):
-            yield package.GGUFReader(path)
-    except (
-        ValueError,
-        IndexError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        MemoryError,
-        ArithmeticError,
-    ) as error:
-        raise MalformedFileError(
-            f"{path} is no whole GGUF file of a model: {error or type(error).__name__}. Write or download it again."
-        ) from error
 
 
 def read_metadata(path: Path) -> dict[str, MetadataValue]:

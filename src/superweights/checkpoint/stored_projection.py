@@ -143,9 +143,26 @@ def layer_tensors(shapes: Shapes, config: Mapping[str, Any]) -> tuple[tuple[str,
         >>> layer_tensors(shapes, {"num_hidden_layers": 2})
         (('layers.0.up.weight',), ('layers.1.up.weight',))
     """
+    return tuple(tuple(paths.values()) for paths in _decoder_layers(shapes, config).values())
+
+
+def layer_places(shapes: Shapes, config: Mapping[str, Any]) -> dict[tuple[int, str], str]:
+    """The tensors of decoder layers by layer and the part of the name after its number: the same whatever stands before it.
+
+    Args, Raises: as for `layer_tensors`.
+
+    Example:
+        >>> layer_places({"h.0.mlp.up.weight": (24, 8), "h.1.mlp.up.weight": (24, 8)}, {"num_hidden_layers": 1})
+        {(0, 'mlp.up.weight'): 'h.0.mlp.up.weight'}
+    """
+    layers = _decoder_layers(shapes, config)
+    return {(layer, path): name for layer, paths in layers.items() for path, name in paths.items()}
+
+
+def _decoder_layers(shapes: Shapes, config: Mapping[str, Any]) -> dict[int, dict[str, str]]:
     count = _first_number(text_config(config), _LAYER_COUNTS)
     layers = _layers(shapes, count)
-    return tuple(tuple(layers[layer].values()) for layer in sorted(layers) if count is None or layer < count)
+    return {layer: layers[layer] for layer in sorted(layers) if count is None or layer < count}
 
 
 def _layers(shapes: Shapes, layer_count: int | None) -> dict[int, dict[str, str]]:

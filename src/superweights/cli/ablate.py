@@ -70,7 +70,7 @@ def ablate(
     activation put back. Perplexity on a text, KL and agreement with the original, and zero-shot tasks with --tasks.
 
     Args:
-        model: A directory, a Hub name or a URL.
+        model: A directory, a .gguf file, a Hub name or a URL.
     """
     others = _amount(settings.others)
     check_targets(records=settings.out, charts=[settings.plot])

@@ -8,7 +8,9 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from superweights.checkpoint import Checkpoint
 from superweights.checkpoint.opening import open_dequantized
+from superweights.checkpoint.packed.unpacked import UnpackedCheckpoint
 from superweights.cli.model_options import (
     DEFAULT_MODEL_OPTIONS,
     FILE,
@@ -25,8 +27,10 @@ from superweights.cli.text_options import DEFAULT_TEXT_OPTIONS, TextOptions, ope
 from superweights.cli.weights_option import weights_of
 from superweights.coordinates import Coordinate
 from superweights.detection.published import published_name, usable_weights
-from superweights.errors import UnknownNameError, UsageError
+from superweights.errors import SuperweightsError, UnknownNameError, UsageError
 from superweights.experiments.audit import audit_weights, measure_audit
+from superweights.interventions.adapter import check_adapter
+from superweights.interventions.quantized_checkpoint import ADAPTER_FOLDER
 from superweights.progress import RichProgress
 from superweights.results.records import AuditRecord, MeasurementRecord, NoteRecord, Record
 from superweights.results.store import STANDARD_STREAM, write_records
@@ -84,6 +88,7 @@ def audit(
         weights = weights_of(settings.weights, model, options, progress)
         if not weights:
             write_text(f"No super weight candidate in {settings.original or quantized}: name weights with --weights.\n")
+            write_text("".join(f"\n{each.text}\n" for each in _adapter_note(looked_at)))
             return 0
         original = model.checkpoint if settings.original else None
         records: list[Record] = []
@@ -98,6 +103,7 @@ def audit(
                     level="info", text="Give --original to compare with it, and to measure what the errors cost."
                 )
             )
+        records += _adapter_note(looked_at)
         run = add_warnings(run, model)
     try:
         if settings.out is not None:
@@ -118,6 +124,20 @@ def _known(name: str, weights: Sequence[Coordinate]) -> dict[Coordinate, float]:
         each.coordinate: each.value for each in published if each.coordinate is not None and each.value is not None
     }
     return {each: values[each] for each in weights if each in values}
+
+
+def _adapter_note(quantized: Checkpoint) -> list[NoteRecord]:
+    """Says what restores weights that `quantize --keep-in adapter` left out."""
+    packed = quantized.packed if isinstance(quantized, UnpackedCheckpoint) else quantized
+    folder = packed.directory / ADAPTER_FOLDER
+    if not (folder / "superweights.json").is_file():
+        return []
+    try:
+        restored = ", ".join(str(each.coordinate) for each in check_adapter(folder, packed).weights)
+        text = f"The adapter in {folder} was made for these files and restores {restored}. Load it with the model."
+    except SuperweightsError as error:
+        return [NoteRecord(level="warning", text=str(error))]
+    return [NoteRecord(level="info", text=text)]
 
 
 def _show(records: Sequence[Record], quantized: str, output: OutputSettings) -> None:

@@ -67,7 +67,7 @@ def compare(
     hidden size and as many layers.
 
     Args:
-        first: A directory, a Hub name or a URL.
+        first: A directory, a .gguf file, a Hub name or a URL.
         second: Another one.
     """
     check_targets(records=settings.out, charts=[settings.plot])

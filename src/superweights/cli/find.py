@@ -72,7 +72,7 @@ def find(
     its reason and exit status 0.
 
     Args:
-        model: A directory, a Hub name or a URL.
+        model: A directory, a .gguf file, a Hub name or a URL.
     """
     check_targets(records=settings.out, charts=[settings.plot])
     with open_model(model, options) as loaded:

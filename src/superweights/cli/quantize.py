@@ -49,6 +49,7 @@ from superweights.experiments.weight_quantization import (
 from superweights.integrations.peers import PEERS, peer_records
 from superweights.interventions.conditions import ORIGINAL, Condition, QuantizeWeights
 from superweights.interventions.quantized_checkpoint import (
+    KeepIn,
     QuantizedCheckpoint,
     plan_quantized_checkpoint,
     quantize_checkpoint,
@@ -78,6 +79,10 @@ class QuantizeSettings:
     keep: Annotated[str, HYPHEN_ALLOWED, Parameter(metavar="WEIGHTS")] = "auto"
     """Which weights keep their value to the bit: auto (find the super weights first), none, published (from the index), a
     .jsonl file of `find` (- for stdin), or coordinates such as 2:3968:7003, separated by commas."""
+    keep_in: KeepIn = "plain"
+    """How kept weights are exact in the files. plain: their whole matrix stays as it is stored, and every reader gets them.
+    adapter: all matrices are packed, and a LoRA in DIR/adapter adds the weights: kilobytes that have to be loaded. int8: their
+    matrix is packed in 8 bits, where the largest weight of a group is exact and its neighbours are coarse."""
     kept_type: str | None = None
     """In a .gguf file, the type of tensors that hold a kept weight, such as q8_0; by default f16, or what holds it exactly."""
     to: Annotated[Path | None, Parameter(metavar="TARGET")] = None
@@ -170,8 +175,9 @@ def quantize(
 
     A name that ends in .gguf gives one file for llama.cpp; the source may then be a .gguf file as well. Any other is a folder
     in the layout of compressed-tensors (pack-quantized), which transformers, vLLM and llm-compressor read. A matrix that holds
-    a super weight stays as it is stored: exact, readable everywhere, a few percent of the bytes at most in a large model. Any
-    model size goes through the memory of a few matrices; an interrupted run goes on where it was.
+    a super weight stays as it is stored: exact, readable everywhere, a few percent of the bytes at most in a large model;
+    --keep-in has two other ways. Any model size goes through the memory of a few matrices; an interrupted run goes on where it
+    was.
 
     Args:
         model: A directory, a Hub name or a URL.
@@ -215,6 +221,9 @@ def _check(settings: QuantizeSettings, tasks: TaskOptions) -> None:
         raise UsageError(
             "--kept-type is about .gguf files (--to NAME.gguf); other files keep such a matrix as it is stored."
         )
+    if settings.keep_in != "plain" and (settings.to is None or settings.budget is not None):
+        why = "--budget leaves matrices with super weights as they are stored" if settings.budget else "add --to DIR"
+        raise UsageError(f"--keep-in {settings.keep_in} is about files: {why}.")
     if tasks.tasks and not settings.measures:
         raise UsageError("--tasks measures: add --measure, --compare or --activations.")
     if settings.peers and not (settings.measure or settings.compare):
@@ -232,6 +241,11 @@ def _check_gguf(settings: QuantizeSettings, tasks: TaskOptions) -> None:
         "--budget": settings.budget is not None,
         "--out": settings.out is not None,
     }
+    if settings.keep_in != "plain":
+        raise UsageError(
+            f"--keep-in {settings.keep_in} is about folders of compressed-tensors. In a .gguf file --kept-type says how the "
+            "tensor of a kept weight is stored; `superweights adapter` makes an adapter for a file that exists."
+        )
     fault = next((option for option, asked in named.items() if asked), None)
     if fault is not None:
         raise UsageError(
@@ -398,8 +412,10 @@ def _write(request: _Request, to: Path, plan: _Plan, progress: RichProgress) -> 
         request.reference,
         to,
         plan.how,
-        settings=settings_of(request.model, plan.how),
-        card=card_of(request.model, plan.how, plan.records),
+        keep_in=request.settings.keep_in,
+        settings=settings_of(request.model, plan.how, request.settings.keep_in),
+        card=card_of(request.model, plan.how, plan.records, request.settings.keep_in),
+        trust_remote_code=request.options.trust_remote_code,
         overwrite=request.settings.overwrite,
         threads=request.settings.threads,
         progress=progress,

@@ -2,15 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from superweights.cli.output import OutputSettings, with_interval, write_rows, write_table, write_text
 from superweights.cli.task_options import write_tasks
 from superweights.coordinates import Coordinate
+from superweights.interventions.quantized_checkpoint import ADAPTER_FOLDER, QuantizedCheckpoint
 from superweights.results.records import MeasurementRecord, NoteRecord, Record
-
-if TYPE_CHECKING:
-    from superweights.interventions.quantized_checkpoint import QuantizedCheckpoint
 
 _COLUMNS = {
     "bits_per_weight": "bits/weight",
@@ -27,7 +24,7 @@ _AROUND = {"weight_error": "moved by", "neighbour_error_ratio": "neighbours' err
 
 
 def show_written(
-    written: "QuantizedCheckpoint",
+    written: QuantizedCheckpoint,
     *,
     model: str,
     to: Path,
@@ -43,14 +40,32 @@ def show_written(
         "gigabytes": round(written.nbytes / 1e9, 4),
         "seconds": round(seconds, 2),
         "kept": ", ".join(map(str, weights)) or None,
+        "kept_in": written.keep_in if weights else None,
     }
     if output.format != "table":
-        write_rows([{"model": model, "to": str(to), **row, "unrounded": list(written.kept)}], format=output.format)
+        more = {
+            "bytes": written.nbytes,
+            "bytes_to_keep": written.keeping_nbytes,
+            "bits_per_weight_without": round(written.bits_per_weight_without, 4),
+            "unrounded": list(written.kept),
+        }
+        write_rows([{"model": model, "to": str(to), **row, **more}], format=output.format)
         return
     write_table([row], title=f"{model} is quantized in {to}.")
     if written.kept:
         shown = ", ".join(written.kept[:5]) + (", ..." if len(written.kept) > 5 else "")
         write_text(f"\nStored unrounded: {shown}.\n")
+    if written.keeping_nbytes:
+        share = 100 * written.keeping_nbytes / written.nbytes
+        write_text(
+            f"\nKeeping weights exact takes {written.keeping_nbytes} of {written.nbytes} bytes ({share:.2g} %): "
+            f"{written.bits_per_weight:.4g} bits per weight, {written.bits_per_weight_without:.4g} without.\n"
+        )
+    if written.held:
+        write_text(
+            f"\nThe kept weights are 0 in the packed files, and the LoRA in {to / ADAPTER_FOLDER} adds them. Load both: "
+            f"{to / 'README.md'} says how.\n"
+        )
     write_text("\n")
 
 

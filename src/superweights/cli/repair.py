@@ -61,7 +61,7 @@ def repair(
     of the whole column is fitted to them. Both are measured on the other windows. No file is changed.
 
     Args:
-        model: A directory, a Hub name or a URL.
+        model: A directory, a .gguf file, a Hub name or a URL.
     """
     check_targets(records=settings.out, charts=[])
     progress = RichProgress()

@@ -65,7 +65,7 @@ def scale(
     stays below 1.
 
     Args:
-        model: A directory, a Hub name or a URL.
+        model: A directory, a .gguf file, a Hub name or a URL.
     """
     scaling = ScalingSettings(_factors(settings.factors), seed=settings.seed)
     check_targets(records=settings.out, charts=[settings.plot])

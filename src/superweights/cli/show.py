@@ -10,10 +10,10 @@ from cyclopts import Parameter
 from superweights.checkpoint import Checkpoint, quantization_of
 from superweights.checkpoint.stored_projection import StoredProjection, find_stored_projection, named_stored_projection
 from superweights.cli.output import DEFAULT_OUTPUT, OutputSettings, write_rows, write_table, write_text
-from superweights.cli.stored_weight import StoredWeight, read_stored_weight
+from superweights.cli.stored_weight import PackedPlace, StoredWeight, read_stored_weight
 from superweights.coordinates import Coordinate
 from superweights.detection.published import PublishedWeight, published_name, published_weights
-from superweights.errors import QuantizedCheckpointError, UnknownNameError, UnsupportedArchitectureError, UsageError
+from superweights.errors import UnknownNameError, UsageError
 
 
 @Parameter(name="*", negative=())
@@ -42,10 +42,11 @@ def show(
     """Shows single weights of down projections from the file's bytes, without loading the model.
 
     For each: value, dtype, bits (sign, exponent, mantissa), rank by absolute value in its matrix, neighbours in its row
-    and column, and the tensor, file and byte where it lies. It also says what was published about the coordinate.
+    and column, and the tensor, file and byte where it lies; for a quantized weight the value that code and scales stand for,
+    and where it is on its grid. It also says what was published about the coordinate.
 
     Args:
-        model: A directory, a Hub name or a URL.
+        model: A directory, a .gguf file, a Hub name or a URL.
         coordinates: LAYER:ROW:COL, or LAYER/EXPERT:ROW:COL for a routed expert; row = output channel, col = input channel.
     """
     if not coordinates:
@@ -53,45 +54,37 @@ def show(
     if settings.transposed and settings.tensor is None:
         raise UsageError("--transposed describes the tensor named by --tensor; give both or neither.")
     wanted = [Coordinate.parse(text) for text in coordinates]
-    with Checkpoint.open(model, revision=settings.revision) as checkpoint:
+    with _open(model, settings.revision) as checkpoint:
         weights = [read_stored_weight(checkpoint, _locate(checkpoint, each, settings), each) for each in wanted]
-        known, quantizer = _published(checkpoint), quantization_of(checkpoint.config)
+        known = _published(checkpoint)
     if output.format != "table":
-        write_rows([_row(weight, known, quantizer) for weight in weights], format=output.format)
+        write_rows([_row(weight, known) for weight in weights], format=output.format)
         return 0
     for place, weight in enumerate(weights):
         write_text("\n" if place else "")
-        lines = _lines(weight, known, quantizer)
+        lines = _lines(weight, known)
         write_table([{"name": name, "text": text} for name, text in lines.items()], headers=False)
     return 0
 
 
+def _open(model: str, revision: str | None) -> Checkpoint:
+    """The checkpoint; plain weights need neither torch nor transformers."""
+    if not model.endswith(".gguf"):
+        checkpoint = Checkpoint.open(model, revision=revision)
+        if quantization_of(checkpoint.config) is None:
+            return checkpoint
+        checkpoint.close()
+    from superweights.checkpoint.opening import open_dequantized
+
+    return open_dequantized(model, revision=revision)
+
+
 def _locate(checkpoint: Checkpoint, coordinate: Coordinate, settings: ShowSettings) -> StoredProjection:
-    quantizer = quantization_of(checkpoint.config)
-    try:
-        if settings.tensor is None:
-            shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
-            found = find_stored_projection(shapes, checkpoint.config, coordinate=coordinate)
-        else:
-            shape = checkpoint.entry(settings.tensor).shape
-            found = named_stored_projection(
-                settings.tensor, shape, transposed=settings.transposed, coordinate=coordinate
-            )
-    except UnsupportedArchitectureError as error:
-        if quantizer is None:
-            raise
-        raise _packed(coordinate, f"by {quantizer}") from error
-    entry = checkpoint.entry(found.tensor)
-    if not entry.storage.exponent or not entry.itemsize:
-        raise _packed(coordinate, f"as {entry.dtype}" + (f" by {quantizer}" if quantizer else ""))
-    return found
-
-
-def _packed(coordinate: Coordinate, how: str) -> QuantizedCheckpointError:
-    return QuantizedCheckpointError(
-        f"Cannot show {coordinate}: the weights are packed {how}, so no single weight has bits of its own. "
-        "Give the checkpoint it was quantized from."
-    )
+    if settings.tensor is None:
+        shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
+        return find_stored_projection(shapes, checkpoint.config, coordinate=coordinate)
+    shape = checkpoint.entry(settings.tensor).shape
+    return named_stored_projection(settings.tensor, shape, transposed=settings.transposed, coordinate=coordinate)
 
 
 def _published(checkpoint: Checkpoint) -> dict[str, list[PublishedWeight]]:
@@ -115,13 +108,13 @@ def _said(entry: PublishedWeight) -> str:
     return f"{entry.status} for {entry.model}{note}: {entry.source}"
 
 
-def _row(weight: StoredWeight, known: Mapping[str, Sequence[PublishedWeight]], quantizer: str | None) -> dict[str, Any]:
-    scalar, coordinate = weight.scalar, weight.coordinate
+def _row(weight: StoredWeight, known: Mapping[str, Sequence[PublishedWeight]]) -> dict[str, Any]:
+    scalar, packed, coordinate = weight.scalar, weight.packed, weight.coordinate
     return {
         "coordinate": str(coordinate),
-        "value": scalar.value,
-        "dtype": scalar.dtype,
-        "bits": scalar.bits_text,
+        "value": weight.value,
+        "dtype": scalar and scalar.dtype,
+        "bits": scalar and scalar.bits_text,
         "rank": weight.rank,
         "count": weight.count,
         "non_finite": weight.non_finite,
@@ -132,39 +125,50 @@ def _row(weight: StoredWeight, known: Mapping[str, Sequence[PublishedWeight]], q
         "tensor": weight.projection.tensor,
         "index": list(weight.index),
         "transposed": weight.projection.transposed,
-        "file": scalar.file,
-        "offset": scalar.offset,
-        "quantizer": quantizer,
+        "file": scalar and scalar.file,
+        "offset": scalar and scalar.offset,
+        "format": packed and packed.format,
+        "step": packed and packed.step,
+        "at_end": packed and packed.at_end,
+        "sharing": packed and packed.shared,
         "published": [_said(entry) for entry in known.get(str(coordinate), ())],
     }
 
 
-def _lines(
-    weight: StoredWeight, known: Mapping[str, Sequence[PublishedWeight]], quantizer: str | None
-) -> dict[str, str]:
+def _lines(weight: StoredWeight, known: Mapping[str, Sequence[PublishedWeight]]) -> dict[str, str]:
     scalar, coordinate, projection = weight.scalar, weight.coordinate, weight.projection
     order = "cols, rows" if projection.transposed else "rows, cols"
-    lines = {
-        "weight": str(coordinate),
-        "value": f"{scalar.value:.9g}",
-        "bits": f"{scalar.bits_text} ({scalar.dtype}, {scalar.bits:#0{2 + scalar.nbits // 4}x})",
+    lines = {"weight": str(coordinate), "value": f"{weight.value:.9g}"}
+    if scalar is not None:
+        lines["bits"] = f"{scalar.bits_text} ({scalar.dtype}, {scalar.bits:#0{2 + scalar.nbits // 4}x})"
+    if weight.packed is not None:
+        lines["packed"] = _grid(weight.packed)
+    lines |= {
         "rank": f"{weight.rank or 'none'} of {weight.count} by absolute value",
         "size": _size(weight),
         f"row {coordinate.row}": _neighbours("col", weight.row_neighbours, coordinate.col),
         f"col {coordinate.col}": _neighbours("row", weight.col_neighbours, coordinate.row),
         "tensor": f"{projection.tensor}, {projection.rows} rows, {projection.cols} cols, stored [{order}]",
-        "place": f"{scalar.file}, byte {scalar.offset}",
     }
+    if scalar is not None:
+        lines["place"] = f"{scalar.file}, byte {scalar.offset}"
     if weight.non_finite:
         lines["warning"] = f"{weight.non_finite} weights of the matrix are NaN or infinite"
-    if quantizer is not None:
-        lines["quantized"] = f"{quantizer}: the model multiplies the stored value by a scale"
     said = [_said(entry) for entry in known.get(str(coordinate), ())]
     return {**lines, **{f"published {place}": text for place, text in enumerate(said, start=1)}}
 
 
+def _grid(packed: PackedPlace) -> str:
+    if packed.shared is None:
+        return f"{packed.format}, in another order than the model's"
+    if packed.step is None:
+        return f"{packed.format}, several weights to a code; {packed.shared} weights share a scale"
+    end = ", at the end of its grid" if packed.at_end else ""
+    return f"{packed.format}, in steps of {packed.step:.6g}{end}; {packed.shared} weights share its scale"
+
+
 def _size(weight: StoredWeight) -> str:
-    share = f"{abs(weight.scalar.value) / weight.largest:.3g} of" if weight.largest else "like"
+    share = f"{abs(weight.value) / weight.largest:.3g} of" if weight.largest else "like"
     spread = "" if weight.z_score is None else f", {weight.z_score:+.3g} standard deviations from the mean"
     return f"{share} the largest absolute value, {weight.largest:.6g}{spread}"
 

@@ -63,7 +63,7 @@ def sinks(
     Attention weights take much memory, so here windows have at most 256 tokens unless --length says otherwise.
 
     Args:
-        model: A directory, a Hub name or a URL.
+        model: A directory, a .gguf file, a Hub name or a URL.
     """
     check_targets(records=settings.out, charts=[settings.plot])
     progress = RichProgress()

@@ -63,7 +63,7 @@ def stopwords(
     more likely; its own data show that for Llama-7B, in part for OLMo-7B and not for Mistral-7B.
 
     Args:
-        model: A directory, a Hub name or a URL.
+        model: A directory, a .gguf file, a Hub name or a URL.
     """
     check_targets(records=settings.out, charts=[settings.plot])
     progress = RichProgress()

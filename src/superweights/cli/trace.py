@@ -78,7 +78,7 @@ def trace(
     for all prompts.
 
     Args:
-        model: A directory, a Hub name or a URL.
+        model: A directory, a .gguf file, a Hub name or a URL.
     """
     _check_edits(settings)
     check_targets(records=settings.out, charts=[settings.plot, settings.plot_persistence])

@@ -69,7 +69,7 @@ def verify(
     --length says otherwise. Measuring stops as soon as the intervals decide. Exit status 1: no weight is critical.
 
     Args:
-        model: A directory, a Hub name or a URL.
+        model: A directory, a .gguf file, a Hub name or a URL.
     """
     check_targets(records=settings.out, charts=[settings.plot])
     with open_model(model, options) as loaded:

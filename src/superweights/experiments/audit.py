@@ -2,22 +2,24 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Literal
 
 import torch
 
 from superweights.checkpoint import Checkpoint
+from superweights.checkpoint.dtypes import STORAGE_TYPES
 from superweights.checkpoint.packed.grids import PackedMatrix
-from superweights.checkpoint.packed.unpacked import UnpackedCheckpoint
+from superweights.checkpoint.stored_projection import StoredProjection, layer_places, model_type_of
 from superweights.coordinates import Coordinate
 from superweights.errors import UsageError
 from superweights.experiments.evaluation import evaluate
 from superweights.interventions.conditions import ORIGINAL, AddToWeights, Condition, LoadWeights
-from superweights.interventions.weights import locate_stored
+from superweights.interventions.weights import projection_of
 from superweights.measurements.windows import Windows
 from superweights.model.loading import LoadedModel
 from superweights.progress import NO_PROGRESS, Progress
-from superweights.results.records import AuditRecord, MeasurementRecord
+from superweights.results.records import AuditRecord, MeasurementRecord, NoteRecord
 
 KEPT_WITHIN, LOST_BEYOND = 0.05, 0.5
 """Relative errors up to which a weight is kept, and from which it is lost: in the paper's figure 6 a factor of 0.8 costs
@@ -46,7 +48,7 @@ def audit_weights(
     """What the quantized files hold for each weight, against the original.
 
     Args:
-        quantized: the model to look at, as `unpacked` gives it.
+        quantized: the model to look at, as `open_dequantized` gives it.
         weights: which weights.
         original: the model before; gives values, and the error of neighbours.
         values: values before, where they are known without it.
@@ -56,28 +58,43 @@ def audit_weights(
         QuantizedCheckpointError, MalformedFileError: the packed files cannot be read.
         UsageError: the two are not the same model.
     """
+    if original is not None:
+        _require_same_type(quantized, original)
     for coordinate in dict.fromkeys(weights):
-        tensor, index = locate_stored(quantized, coordinate)
-        packed = quantized.packed_matrix(tensor) if isinstance(quantized, UnpackedCheckpoint) else None
-        stored = packed.weights if packed else _matrix(quantized, tensor, index)
-        before = None
-        if original is not None:
-            if original.entry(tensor).shape != quantized.entry(tensor).shape:
-                raise UsageError(
-                    f"Auditing {quantized.reference}: {tensor} is {list(quantized.entry(tensor).shape)} there and "
-                    f"{list(original.entry(tensor).shape)} in {original.reference}. Give the model it was made from."
-                )
-            before = _matrix(original, tensor, index)
-        storage = quantized.tensors[tensor].storage
-        found = _Stored(*((packed.format, packed.bits) if packed else ("plain", float(storage.nbits))), stored, packed)
-        yield _audit(coordinate, tensor, found, before, (values or {}).get(coordinate))
+        projection = projection_of(quantized, coordinate)
+        projection.index(coordinate)
+        packed = quantized.packed_matrix(projection.tensor)
+        stored = packed.weights if packed else _matrix(quantized, projection, coordinate)
+        before = None if original is None else _matrix(original, projection_of(original, coordinate), coordinate)
+        if original is not None and before is not None and before.shape != stored.shape:
+            raise UsageError(
+                f"Auditing {quantized.reference}: {projection.tensor} is {list(stored.shape)} there and {list(before.shape)} "
+                f"in {original.reference}. Give the model it was made from."
+            )
+        if packed is None:
+            storage = STORAGE_TYPES[quantized.stored_as(projection.tensor)]
+            found = _Stored("plain", float(storage.nbits), stored, None)
+        else:
+            found = _Stored(packed.format, packed.bits, stored, packed)
+        yield _audit(coordinate, projection.tensor, found, before, (values or {}).get(coordinate))
 
 
-def _matrix(checkpoint: Checkpoint, tensor: str, index: tuple[int, ...]) -> torch.Tensor:
-    """A plain matrix that holds an index, as [rows, cols] of what is stored, float32."""
-    checkpoint.fetch((tensor,), populate=False)
-    found = checkpoint.view(tensor)
-    return (found[index[0]] if len(index) == 3 else found).float()
+def _require_same_type(quantized: Checkpoint, original: Checkpoint) -> None:
+    types = [model_type_of(each.config) for each in (quantized, original)]
+    as_llama = quantized.gguf_file is not None and types == ["llama", "mistral"]  # llama.cpp has one name for both
+    if types[0] != types[1] and not as_llama:
+        raise UsageError(
+            f"Auditing {quantized.reference}: it is a {types[0]}, and {original.reference} is a {types[1]}. Give the model it "
+            "was made from."
+        )
+
+
+def _matrix(checkpoint: Checkpoint, projection: StoredProjection, coordinate: Coordinate) -> torch.Tensor:
+    """The matrix that holds a weight, float32 [rows, cols]."""
+    checkpoint.fetch((projection.tensor,), populate=False)
+    found = checkpoint.view(projection.tensor)
+    matrix = found if projection.experts is None or coordinate.expert is None else found[coordinate.expert]
+    return (matrix.t() if projection.transposed else matrix).float()
 
 
 def _audit(
@@ -91,7 +108,7 @@ def _audit(
     packed = stored.packed
     block = None if packed is None else packed.block(row, col)
     error = None if expected is None or expected == 0 else value / expected - 1
-    step = None if packed is None else float(packed.steps.expand(stored.weights.shape)[row, col])
+    step = None if packed is None else _step(packed, row, col)
     clipped = None
     if expected is not None:
         clipped = (
@@ -118,6 +135,12 @@ def _audit(
         verdict=verdict,
         reason=_reason(coordinate, stored, value, original, scale, error, clipped),
     )
+
+
+def _step(packed: PackedMatrix, row: int, col: int) -> float | None:
+    """The step of the grid at a weight; None where it has none of its own."""
+    step = float(packed.steps.expand(packed.weights.shape)[row, col])
+    return step if isfinite(step) else None
 
 
 def _column_scale(stored: torch.Tensor, before: torch.Tensor, row: int) -> float:
@@ -168,22 +191,35 @@ def measure_audit(
     windows: Windows,
     *,
     progress: Progress = NO_PROGRESS,
-) -> Iterator[MeasurementRecord]:
+) -> Iterator[MeasurementRecord | NoteRecord]:
     """What the stored values do: those of super weights alone, those of all matrices, and all but the super weights.
 
     Args:
         model: the original, from a checkpoint.
-        quantized: the quantized checkpoint, as `unpacked` gives it.
+        quantized: the quantized checkpoint, as `open_dequantized` gives it.
         audited: what `audit_weights` found; rescaled columns are not put back.
         windows: the text.
         progress: hears about windows.
     """
+    assert model.checkpoint is not None
+    there, here = _places(quantized), _places(model.checkpoint)
+    missing = [name for place, name in here.items() if place not in there]
+    if missing:  # the original's would stand in, and what is measured would be another model
+        what = f"{missing[0]} ({len(missing)} tensors of decoder layers are missing)"
+        yield NoteRecord(level="warning", text=f"Not measured: {quantized.reference} has no {what}.")
+        return
+    names = {name: there[place] for place, name in here.items()}
+
+    def read(name: str) -> torch.Tensor:
+        quantized.fetch((names[name],), populate=False)
+        return quantized.view(names[name])
+
     changed = {
         Coordinate.parse(each.coordinate): each.stored - each.original
         for each in audited
         if each.original is not None and each.stored != each.original and each.column_scale == 1
     }
-    load = LoadWeights(str(quantized.reference), lambda name: _read(quantized, name))
+    load = LoadWeights(str(quantized.reference), read)
     conditions = [ORIGINAL, Condition("quantized", (load,))]
     if changed:
         shifts = AddToWeights(tuple(changed), tuple(changed.values()))
@@ -193,8 +229,6 @@ def measure_audit(
     yield from evaluate(model, windows, conditions, progress=progress).records()
 
 
-def _read(quantized: Checkpoint, name: str) -> torch.Tensor | None:
-    if name not in quantized.tensors:
-        return None
-    quantized.fetch((name,), populate=False)
-    return quantized.view(name)
+def _places(checkpoint: Checkpoint) -> dict[tuple[int, str], str]:
+    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
+    return layer_places(shapes, checkpoint.config)

@@ -9,7 +9,6 @@ checkpoint of any packed format that `superweights.checkpoint.packed` reads, or 
 adapter says what it was made for, since it restores the value on that model alone.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -18,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +28,9 @@ from safetensors.torch import load_file, save
 from superweights import __version__
 from superweights.checkpoint import Checkpoint, ModelReference
 from superweights.checkpoint.copying import new_folder, sync_folder, write_file
+from superweights.checkpoint.gguf_header import gguf_digest, read_gguf_header
 from superweights.checkpoint.header import load_json
+from superweights.checkpoint.packed.gguf import PLAIN, dequantize_blocks, gguf_package
 from superweights.checkpoint.packed.reading import read_packed_matrix
 from superweights.checkpoint.stored_projection import layer_tensors, model_type_of, text_config
 from superweights.coordinates import Coordinate
@@ -39,7 +39,6 @@ from superweights.errors import (
     MissingTensorError,
     NonFiniteWeightsError,
     NotACheckpointError,
-    QuantizedCheckpointError,
     RecordError,
     UnsupportedArchitectureError,
     UsageError,
@@ -436,36 +435,25 @@ class _GgufFile(QuantizedFiles):
     dtype = "float32"
 
     def __init__(self, path: Path) -> None:
-        gguf = _gguf()
         if not path.is_file():
             raise NotACheckpointError(
                 f"There is no such file: {path}. Give a .gguf file, or a directory with a quantized model."
             )
-        try:
-            reader = gguf.GGUFReader(path)
-            self.architecture = str(reader.get_field("general.architecture").contents())
-            self.layers = int(reader.get_field(f"{self.architecture}.block_count").contents())
-        except (ValueError, IndexError, AttributeError, OverflowError, MemoryError) as error:
-            raise MalformedFileError(
-                f"{path} is no whole GGUF file of a model: {error}. Write or download it again."
-            ) from error
-        self.path = path
-        self.tensors = {each.name: each for each in reader.tensors}
+        header = read_gguf_header(path)
+        self.architecture = header.architecture
+        self.layers = int(header.metadata.get(f"{self.architecture}.block_count", 0))
+        self.path, self.header = path, header
+        self.tensors = {each.name: each for each in header.tensors}
 
     @cached_property
     def identity(self) -> ModelIdentity:
-        digest = hashlib.sha256()
-        for name in sorted(self.tensors):
-            each = self.tensors[name]
-            digest.update(repr((name, each.tensor_type.name, [int(size) for size in each.shape])).encode())
-        digest.update(repr(self.path.stat().st_size).encode())
-        return ModelIdentity(str(self.path), None, digest.hexdigest())
+        return ModelIdentity(str(self.path), None, gguf_digest(self.header, [self.path.stat().st_size]))
 
     def require_fit(self, original: LoadedModel) -> None:
         assert original.checkpoint is not None
         model_type = model_type_of(original.checkpoint.config)
         expected = _GGUF_ARCHITECTURES.get(model_type, model_type)
-        known = expected in _gguf().MODEL_ARCH_NAMES.values()
+        known = expected in gguf_package().MODEL_ARCH_NAMES.values()
         layers = original.architecture.layer_count
         if (known and expected != self.architecture) or self.layers != layers:
             raise UsageError(
@@ -485,13 +473,9 @@ class _GgufFile(QuantizedFiles):
 
     def matrix(self, stored: str, *, transposed: bool) -> _Matrix:
         tensor = self.tensors[stored]  # [rows, cols] in any case: the converters transpose
-        gguf = _gguf()
-        try:
-            values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
-            raise QuantizedCheckpointError(f"Reading {stored} of {self.path}: {error}.") from error
-        plain = tensor.tensor_type.name in ("F32", "F16", "BF16")
-        return _Matrix(torch.from_numpy(np.array(values, dtype=np.float32)), plain=plain)
+        found = np.fromfile(self.path, np.uint8, tensor.nbytes, offset=tensor.start)
+        values = dequantize_blocks(found.reshape(*tensor.shape[:-1], -1), tensor.kind, what=f"{stored} of {self.path}")
+        return _Matrix(torch.from_numpy(values), plain=tensor.kind in PLAIN)
 
 
 @contextmanager
@@ -528,18 +512,29 @@ def write_adapter(adapter: Adapter, to: str | Path) -> int:
     require_free(target)
     try:
         with new_folder(target) as folder:
-            _write_tensors(adapter, folder / _FILES[adapter.form])
-            texts = {_RECORD: _record(adapter)}
-            if adapter.form == "peft":
-                texts["adapter_config.json"] = _peft_config(adapter)
-            for name, content in texts.items():
-                write_file(folder / name, [json.dumps(content, indent=2).encode(), b"\n"])
+            write_adapter_files(adapter, folder)
         sync_folder(target.parent)
         return (target / _FILES[adapter.form]).stat().st_size
     except OSError as error:
         raise RecordError(
             f"Cannot write an adapter to {to}: {error.strerror}. Nothing was changed there. Give a folder that you can write."
         ) from error
+
+
+def write_adapter_files(adapter: Adapter, folder: Path) -> None:
+    """Writes the files of an adapter into a folder that is new itself.
+
+    Raises:
+        UsageError: `superweights[gguf]` is not installed.
+        OSError: they cannot be written.
+    """
+    folder.mkdir(exist_ok=True)
+    _write_tensors(adapter, folder / _FILES[adapter.form])
+    texts = {_RECORD: _record(adapter)}
+    if adapter.form == "peft":
+        texts["adapter_config.json"] = _peft_config(adapter)
+    for name, content in texts.items():
+        write_file(folder / name, [json.dumps(content, indent=2).encode(), b"\n"])
 
 
 def require_free(to: str | Path) -> None:
@@ -609,7 +604,7 @@ def _write_tensors(adapter: Adapter, file: Path) -> None:
     if adapter.form == "peft":
         write_file(file, [save(tensors, metadata={"format": "pt"})])
         return
-    gguf = _gguf()
+    gguf = gguf_package()
     writer = gguf.GGUFWriter(file, adapter.architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -625,7 +620,7 @@ def _write_tensors(adapter: Adapter, file: Path) -> None:
 
 
 def _read_gguf(file: Path) -> dict[str, torch.Tensor]:
-    return {each.name: torch.from_numpy(np.array(each.data)) for each in _gguf().GGUFReader(file).tensors}
+    return {each.name: torch.from_numpy(np.array(each.data)) for each in gguf_package().GGUFReader(file).tensors}
 
 
 def _peft_config(adapter: Adapter) -> dict[str, Any]:
@@ -714,19 +709,9 @@ def _parsed(record: Mapping[str, Any], *, file: str) -> Adapter:
 # llama.cpp's names.
 
 
-def _gguf() -> Any:
-    """The package that reads and writes GGUF files."""
-    try:
-        return import_module("gguf")
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            "GGUF files need the package gguf, which is not installed: `pip install superweights[gguf]`."
-        ) from error
-
-
 def _gguf_architecture(model_type: str) -> str:
     name = _GGUF_ARCHITECTURES.get(model_type, model_type)
-    if name not in _gguf().MODEL_ARCH_NAMES.values():
+    if name not in gguf_package().MODEL_ARCH_NAMES.values():
         raise UnsupportedArchitectureError(
             f"llama.cpp is not known to have an architecture for the model type {model_type}. Give the quantized model as a "
             ".gguf file, which names it, or write the form peft."
@@ -736,7 +721,7 @@ def _gguf_architecture(model_type: str) -> str:
 
 def _gguf_name(architecture: str, module: str) -> str:
     """What the weight of a module is called in GGUF."""
-    gguf = _gguf()
+    gguf = gguf_package()
     architectures = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
     if architecture not in architectures:
         raise UnsupportedArchitectureError(f"The package gguf knows no architecture {architecture}. Try a newer one.")

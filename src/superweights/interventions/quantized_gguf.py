@@ -26,7 +26,8 @@ from superweights.checkpoint.gguf_families import (
     family_of,
     family_tensors,
 )
-from superweights.checkpoint.gguf_file import GgufTensor, gguf_parts, read_gguf_header
+from superweights.checkpoint.gguf_file import gguf_parts
+from superweights.checkpoint.gguf_header import GgufTensor, read_gguf_header
 from superweights.checkpoint.gguf_metadata import MetadataValue, read_metadata
 from superweights.checkpoint.gguf_tokenizer import gguf_tokenizer
 from superweights.checkpoint.gguf_writing import (
@@ -382,7 +383,7 @@ class _GgufFile(_Source):
         self.metadata = read_metadata(self.paths[0])
         self.architecture = str(self.metadata["general.architecture"].value)
         self.tensors: dict[str, tuple[Path, GgufTensor]] = {
-            each.name: (path, each) for path in self.paths for each in read_gguf_header(path)
+            each.name: (path, each) for path in self.paths for each in read_gguf_header(path).tensors
         }
         self.shapes = {name: each.shape for name, (_, each) in self.tensors.items()}
         self.kinds = {name: each.kind for name, (_, each) in self.tensors.items()}

@@ -20,7 +20,7 @@ import torch
 
 from superweights.checkpoint import Checkpoint
 from superweights.checkpoint.stored_matrices import StoredMatrix, stored_matrices
-from superweights.checkpoint.stored_projection import find_stored_projection, layer_tensors
+from superweights.checkpoint.stored_projection import StoredProjection, find_stored_projection, layer_tensors
 from superweights.coordinates import Coordinate
 from superweights.errors import CoordinateError, NonFiniteWeightsError, QuantizedCheckpointError, UsageError
 from superweights.interventions.conditions import LoadWeights, PruneLargest, QuantizeWeights, ScaleWeights
@@ -303,9 +303,14 @@ def locate_stored(checkpoint: Checkpoint, coordinate: Coordinate) -> tuple[str, 
         CoordinateError: it is not in this model.
         UnsupportedArchitectureError: the names do not say which tensor is meant.
     """
-    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
-    projection = find_stored_projection(shapes, checkpoint.config, coordinate=coordinate)
+    projection = projection_of(checkpoint, coordinate)
     return projection.tensor, projection.index(coordinate)
+
+
+def projection_of(checkpoint: Checkpoint, coordinate: Coordinate) -> StoredProjection:
+    """The stored down projection that holds a coordinate; the errors are those of `locate_stored`."""
+    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
+    return find_stored_projection(shapes, checkpoint.config, coordinate=coordinate)
 
 
 def _plan_model(model: LoadedModel, interventions: Sequence[WeightEdit]) -> EditPlan:

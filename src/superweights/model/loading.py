@@ -542,9 +542,9 @@ def _wrap(model: Any, tokenizer: Any) -> LoadedModel:
 def _tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
-    directory, gguf_file = checkpoint.directory, checkpoint.gguf_file
-    if gguf_file is None and not any(any(directory.glob(each)) for each in ("tokenizer*", "vocab*", "*.model")):
+    if not checkpoint.has_tokenizer:
         return None
+    directory, gguf_file = checkpoint.directory, checkpoint.gguf_file
     inside = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         return AutoTokenizer.from_pretrained(

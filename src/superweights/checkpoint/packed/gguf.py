@@ -160,7 +160,8 @@ def _wider_gaps(weights: npt.NDArray[np.float32], grid: Sequence[npt.NDArray[np.
     for values in grid:
         np.maximum(below, np.where(values < weights, values, -np.inf), out=below)
         np.minimum(above, np.where(values > weights, values, np.inf), out=above)
-    gaps = np.stack([weights - below, above - weights])
+    with np.errstate(invalid="ignore"):  # a scale that is no number
+        gaps = np.stack([weights - below, above - weights])
     gaps[~np.isfinite(gaps)] = 0
     wider: npt.NDArray[np.float32] = gaps.max(0)
     return wider

@@ -114,6 +114,10 @@ class UnpackedCheckpoint(Checkpoint):
         """Whether a tensor stands for a packed matrix."""
         return name in self._parts
 
+    def stored_as(self, name: str) -> str:
+        """What packed a tensor, or its number format."""
+        return self.packing if name in self._parts else super().stored_as(name)
+
     def require_plain(self, purpose: str) -> None:
         """Refuses: what needs plain weights needs the checkpoint that this one was made from."""
         self.packed.require_plain(purpose)
