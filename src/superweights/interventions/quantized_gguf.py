@@ -359,7 +359,7 @@ class _Safetensors(_Source):
         recipe = self.recipes[name]
         self.checkpoint.fetch(recipe.sources)
         found = recipe.make([self.checkpoint.view(each).float().numpy() for each in recipe.sources])
-        values: _Values = np.array(found, dtype=np.float32, order="C")
+        values: _Values = np.ascontiguousarray(found, dtype=np.float32)
         self.checkpoint.drop(recipe.sources)
         return values
 
