@@ -6,7 +6,7 @@ settings a family has, which llama.cpp takes for granted, and which tensors it s
 """
 
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import pi, prod
 from types import SimpleNamespace
@@ -478,8 +478,3 @@ FAMILIES: Mapping[str, Family] = {
     "cohere": Family("command-r", _SILU | {"use_qk_norm": (False,)}, {"logit_scale": "logit_scale"}),
 }
 """By transformers' model type."""
-
-
-def known_families() -> Iterable[str]:
-    """The model types that are written."""
-    return FAMILIES.keys()
