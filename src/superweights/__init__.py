@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from superweights.interventions.conditions import Condition, QuantizeActivations, QuantizeWeights
     from superweights.interventions.edit_text import parse_edit
     from superweights.interventions.quantized_checkpoint import quantize_checkpoint
+    from superweights.interventions.quantized_gguf import quantize_to_gguf
     from superweights.interventions.rewriting import rewrite_checkpoint
     from superweights.interventions.rows import applied
     from superweights.measurements.model_windows import open_windows
@@ -66,6 +67,7 @@ _HOMES = {
     "open_windows": "measurements.model_windows",
     "parse_edit": "interventions.edit_text",
     "quantize_checkpoint": "interventions.quantized_checkpoint",
+    "quantize_to_gguf": "interventions.quantized_gguf",
     "repair": "experiments.repair",
     "rewrite_checkpoint": "interventions.rewriting",
     "rounded": "quantization.held_out",
@@ -104,6 +106,7 @@ __all__ = [
     "open_windows",
     "parse_edit",
     "quantize_checkpoint",
+    "quantize_to_gguf",
     "repair",
     "rewrite_checkpoint",
     "rounded",

@@ -3,6 +3,7 @@
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,9 @@ FAMILIES = [
     "llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "falcon", "phi3", "bloom", "stablelm", "gpt2", "starcoder2",
     "nemotron", "gemma2", "gemma3_text",
 ]  # fmt: skip
-CHANGES = {"qwen3_moe": {"norm_topk_prob": True}}  # llama.cpp knows no other
+SCALED = {"query_pre_attn_scalar": 16, "head_dim": 16}
+CHANGES: dict[str, dict[str, Any]] = {"qwen3_moe": {"norm_topk_prob": True}, "gemma2": SCALED, "gemma3_text": SCALED}
+"""Settings that files do not say, at the values that llama.cpp computes."""
 DOWN = "model.layers.2.mlp.down_proj.weight"
 WEIGHT = sw.Coordinate.parse("2:49:7")
 
@@ -201,8 +204,8 @@ def test_positions_stretched_evenly(tmp_path: Path) -> None:
 
 
 def test_a_tensor_that_has_no_place_is_refused(source: Path, tmp_path: Path) -> None:
-    extra = {"blk.0.attn_q.bias": np.zeros(64, np.float32)}
-    with pytest.raises(QuantizedCheckpointError, match=r"blk\.0\.attn_q\.bias"):
+    extra = {"blk.0.attn_q_norm.weight": np.zeros(64, np.float32)}
+    with pytest.raises(QuantizedCheckpointError, match=r"blk\.0\.attn_q_norm\.weight"):
         open_dequantized(write_gguf(source, tmp_path / "m.gguf", extra=extra))
 
 

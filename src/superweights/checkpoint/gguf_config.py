@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from superweights.checkpoint.gguf_families import known_settings
 from superweights.checkpoint.gguf_header import GgufHeader
 from superweights.errors import UnsupportedArchitectureError
 
@@ -75,6 +76,7 @@ def gguf_config(path: Path, header: GgufHeader, read: ReadTensor) -> dict[str, A
         }
     if header.architecture not in _REPEATS_EMBEDDING:
         config["tie_word_embeddings"] = "output.weight" not in rows  # transformers looks at the first part only
+    config |= known_settings(header.architecture, config, said, rows)
     if isinstance(config.get("rope_parameters"), dict):
         config["rope_parameters"] = _rope(path, config, said, rows, read)
     return config

@@ -65,7 +65,7 @@ def open_gguf(reference: ModelReference) -> "GgufCheckpoint":
         UnsupportedArchitectureError: transformers has no such model.
         QuantizedCheckpointError: transformers' model has no place for a tensor.
     """
-    paths = _parts(reference.path)
+    paths = gguf_parts(reference.path)
     headers = [read_gguf_header(path) for path in paths]
     whole = GgufHeader(tuple(each for header in headers for each in header.tensors), headers[0].metadata)
     source = open_directory(reference.path.parent, Shards(tuple(path.name for path in paths)))
@@ -220,7 +220,12 @@ def _blocks(source: WeightSource, origin: _Origin) -> npt.NDArray[np.uint8]:
     return shaped if origin.expert is None else shaped[origin.expert]
 
 
-def _parts(path: Path) -> list[Path]:
+def gguf_parts(path: Path) -> list[Path]:
+    """A file, and with the first of several parts the others.
+
+    Raises:
+        MissingTensorError: a part is not there.
+    """
     match = _PART.fullmatch(path.name)
     if match is None:
         return [path]

@@ -1,7 +1,8 @@
 """What a GGUF file says before its tensors' bytes, checked, as the package gguf reads it."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,23 +50,33 @@ def read_gguf_header(path: Path) -> GgufHeader:
         UsageError: the package gguf is not installed.
         MalformedFileError: it is no whole GGUF file of a model.
     """
+    with reading(path) as reader:
+        array = gguf_package().GGUFValueType.ARRAY
+        metadata = {key: field.contents() for key, field in reader.fields.items() if array not in field.types}
+        tensors = tuple(_tensor(each, path.name) for each in reader.tensors)
+        part = int(metadata.get("split.no", 0))  # only the first of several parts says what the model is
+        if ("general.architecture" not in metadata and not part) or (not tensors and "split.count" not in metadata):
+            raise ValueError("it holds no tensor" if not tensors else "it does not say its architecture")
+    return GgufHeader(tensors, metadata)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[Any]:
+    """The package's reader of a file; faults of the file become one error.
+
+    Raises:
+        UsageError: the package gguf is not installed.
+        MalformedFileError: it is no whole GGUF file of a model.
+    """
     package = gguf_package()
     try:
         with np.errstate(all="ignore"):
             reader = package.GGUFReader(path)
-        metadata = {
-            key: field.contents()
-            for key, field in reader.fields.items()
-            if package.GGUFValueType.ARRAY not in field.types
-        }
-        tensors = tuple(_tensor(each, path.name) for each in reader.tensors)
-        if "general.architecture" not in metadata or not tensors:
-            raise ValueError("it holds no tensor" if not tensors else "it does not say its architecture")
+        yield reader
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
         raise MalformedFileError(
             f"{path} is no whole GGUF file of a model: {error or type(error).__name__}. Write or download it again."
         ) from error
-    return GgufHeader(tensors, metadata)
 
 
 def _tensor(found: Any, file: str) -> GgufTensor:

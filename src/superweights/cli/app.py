@@ -108,6 +108,7 @@ VERBS = (
         "Quantize a model without losing its super weights; compare schemes, clips and SmoothQuant.",
         (
             "superweights quantize ./model --scheme int4-g128 --to ./model-int4",
+            "superweights quantize ./model --scheme q4_0 --to ./model-q4_0.gguf",
             "superweights quantize ./model --scheme int4-g128 --clip z=9 --keep 2:3968:7003 --measure",
             "superweights quantize ./model --compare --plot figure7.png",
             "superweights quantize ./model --activations --scales tensor --plot w8a8.png",
@@ -175,7 +176,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
             raise
         return READER_GONE
     except CycloptsError as error:
-        return _refuse(error, USAGE)
+        return _refuse(error, USAGE, text=f"{error}{_of_files(words)}")
     return status if isinstance(status, int) else 0
 
 
@@ -241,6 +242,15 @@ def _launch(app: App, words: Sequence[str], *, verbose: bool) -> int:
 
 def _asked_verb(words: Sequence[str]) -> str | None:
     return next((word for word in words if not word.startswith("-")), None)
+
+
+def _of_files(words: Sequence[str]) -> str:
+    """What to say to somebody who takes --format for that of files."""
+    if "quantize" not in words or not {"gguf", "compressed-tensors"} & {
+        word.rpartition("=")[2].lower() for word in words
+    }:
+        return ""
+    return " --format is how the answer is printed; files follow --to: NAME.gguf is one for llama.cpp, else compressed-tensors."
 
 
 def _refuse(error: Exception, status: int, *, verbose: bool = False, text: str | None = None) -> int:

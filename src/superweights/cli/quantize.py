@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from superweights.checkpoint import Checkpoint, ModelReference
 from superweights.checkpoint.copying import check_target
+from superweights.checkpoint.gguf_writing import WRITTEN_KINDS
 from superweights.cli.model_card import card_of, settings_of
 from superweights.cli.model_options import (
     DEFAULT_MODEL_OPTIONS,
@@ -23,6 +24,7 @@ from superweights.cli.model_options import (
     open_model,
 )
 from superweights.cli.output import DEFAULT_OUTPUT, OutputSettings, write_text
+from superweights.cli.quantize_gguf import GgufSettings, is_gguf, quantize_gguf
 from superweights.cli.quantize_tables import show_measured, show_written
 from superweights.cli.task_options import DEFAULT_TASK_OPTIONS, TaskOptions, task_records
 from superweights.cli.text_options import DEFAULT_TEXT_OPTIONS, TextOptions, open_windows
@@ -71,8 +73,9 @@ class QuantizeSettings:
 
     scheme: str | None = None
     """How weights are rounded: int4-g128 (the default), int8-row, int4-g64-asym, nf4-g64, int4-block512x512-minmax (the
-    paper's) ... With --compare several, separated by commas (default: the paper's block sizes); with --activations the scheme
-    of the weights (default: int8-tensor, the paper's)."""
+    paper's) ... For a .gguf file a type of llama.cpp: q4_0 (the default), q4_1, q5_0, q5_1, q8_0, f16 ... With --compare
+    several, separated by commas (default: the paper's block sizes); with --activations the scheme of the weights (default:
+    int8-tensor, the paper's)."""
     keep: Annotated[str, HYPHEN_ALLOWED, Parameter(metavar="WEIGHTS")] = "auto"
     """Which weights keep their value to the bit: auto (find the super weights first), none, published (from the index), a
     .jsonl file of `find` (- for stdin), or coordinates such as 2:3968:7003, separated by commas."""
@@ -80,8 +83,10 @@ class QuantizeSettings:
     """How kept weights are exact in the files. plain: their whole matrix stays as it is stored, and every reader gets them.
     adapter: all matrices are packed, and a LoRA in DIR/adapter adds the weights: kilobytes that have to be loaded. int8: their
     matrix is packed in 8 bits, where the largest weight of a group is exact and its neighbours are coarse."""
-    to: Annotated[Path | None, Parameter(metavar="DIR")] = None
-    """Write the quantized model to this new folder."""
+    kept_type: str | None = None
+    """In a .gguf file, the type of tensors that hold a kept weight, such as q8_0; by default f16, or what holds it exactly."""
+    to: Annotated[Path | None, Parameter(metavar="TARGET")] = None
+    """Write the quantized model to this new folder, for transformers and vLLM, or to this new .gguf file, for llama.cpp."""
     overwrite: bool = False
     """Replace a model that is at --to already."""
     clip: Annotated[str | None, Parameter(metavar="HOW")] = None
@@ -168,8 +173,9 @@ def quantize(
 ) -> int:
     """Quantizes a model without losing its super weights: writes it with --to, or only measures.
 
-    The files are those of compressed-tensors (pack-quantized), which transformers, vLLM and llm-compressor read. A matrix that
-    holds a super weight stays as it is stored: exact, readable everywhere, a few percent of the bytes at most in a large model;
+    A name that ends in .gguf gives one file for llama.cpp; the source may then be a .gguf file as well. Any other is a folder
+    in the layout of compressed-tensors (pack-quantized), which transformers, vLLM and llm-compressor read. A matrix that holds
+    a super weight stays as it is stored: exact, readable everywhere, a few percent of the bytes at most in a large model;
     --keep-in has two other ways. Any model size goes through the memory of a few matrices; an interrupted run goes on where it
     was.
 
@@ -179,6 +185,10 @@ def quantize(
     _check(settings, tasks)
     check_targets(records=settings.out, charts=[settings.plot])
     progress = RichProgress()
+    if settings.to is not None and is_gguf(settings.to):
+        _check_gguf(settings, tasks)
+        file = GgufSettings(settings.to, settings.scheme, settings.kept_type, settings.overwrite, settings.threads)
+        return quantize_gguf(model, settings.keep, file, options, progress, output)
     request = _Request(model, settings, activations, tasks, text, options, _schemes(settings))
     plan = _prepare(request, progress)
     started = time.perf_counter()
@@ -207,6 +217,10 @@ def _check(settings: QuantizeSettings, tasks: TaskOptions) -> None:
         raise UsageError(
             "--to writes one model, and --compare and --activations only measure: run one after the other."
         )
+    if settings.kept_type is not None and (settings.to is None or not is_gguf(settings.to)):
+        raise UsageError(
+            "--kept-type is about .gguf files (--to NAME.gguf); other files keep such a matrix as it is stored."
+        )
     if settings.keep_in != "plain" and (settings.to is None or settings.budget is not None):
         why = "--budget leaves matrices with super weights as they are stored" if settings.budget else "add --to DIR"
         raise UsageError(f"--keep-in {settings.keep_in} is about files: {why}.")
@@ -218,8 +232,32 @@ def _check(settings: QuantizeSettings, tasks: TaskOptions) -> None:
         raise UsageError("--plot draws what was measured: add --measure, --compare or --activations.")
 
 
+def _check_gguf(settings: QuantizeSettings, tasks: TaskOptions) -> None:
+    """Refuses what a GGUF file does not go with."""
+    named = {
+        "--measure": settings.measures or settings.peers is not None or bool(tasks.tasks),
+        "--clip": settings.clip is not None,
+        "--amplify": settings.amplify != 1,
+        "--budget": settings.budget is not None,
+        "--out": settings.out is not None,
+    }
+    if settings.keep_in != "plain":
+        raise UsageError(
+            f"--keep-in {settings.keep_in} is about folders of compressed-tensors. In a .gguf file --kept-type says how the "
+            "tensor of a kept weight is stored; `superweights adapter` makes an adapter for a file that exists."
+        )
+    fault = next((option for option, asked in named.items() if asked), None)
+    if fault is not None:
+        raise UsageError(
+            f"{fault} does not go with a .gguf target: the blocks are llama.cpp's. Write the file, then `superweights audit "
+            f"{settings.to} --original MODEL` measures what it costs."
+        )
+
+
 def _schemes(settings: QuantizeSettings) -> tuple[Scheme, ...]:
     default = _BLOCKS if settings.compare else "int8-tensor" if settings.activations else "int4-g128"
+    if settings.to is not None and str(settings.scheme).upper() in WRITTEN_KINDS:
+        raise UsageError(f"{settings.scheme} is a type of llama.cpp's files: name the target {settings.to}.gguf.")
     found = tuple(Scheme.parse(each) for each in (settings.scheme or default).split(","))
     if len(found) > 1 and not settings.compare:
         raise UsageError(f"--scheme {settings.scheme} names {len(found)} schemes; only --compare takes several.")

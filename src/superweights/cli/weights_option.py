@@ -38,16 +38,27 @@ def chosen_weights(
 
         found = find(model, prompts=prompts, last_layer=last_layer, progress=progress)
         return tuple(each.coordinate for each in found.candidates)
-    if text == "published":
-        coordinates = _published(model)
-    elif text == STANDARD_STREAM or text.endswith(".jsonl"):
-        records = read_records(text)[1]
-        coordinates = tuple(Coordinate.parse(each.coordinate) for each in records if isinstance(each, CandidateRecord))
-    else:
-        coordinates = _parsed(text)
+    coordinates = _published(model) if text == "published" else listed_weights(text)
     for each in coordinates:
         model.architecture.locate(each)
     return coordinates
+
+
+def needs_model(text: str) -> bool:
+    """Whether only the model can say which weights are meant."""
+    return text in ("auto", "published")
+
+
+def listed_weights(text: str) -> tuple[Coordinate, ...]:
+    """The weights of a .jsonl file, or of "-" for stdin, or coordinates separated by commas; of whatever model.
+
+    Raises:
+        UsageError: no such file, or text that is no coordinate.
+    """
+    if text == STANDARD_STREAM or text.endswith(".jsonl"):
+        records = read_records(text)[1]
+        return tuple(Coordinate.parse(each.coordinate) for each in records if isinstance(each, CandidateRecord))
+    return _parsed(text)
 
 
 def _parsed(text: str) -> tuple[Coordinate, ...]:
