@@ -21,11 +21,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from planted import plant
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import superweights as sw
@@ -212,7 +211,8 @@ def llama_rows(models: Models, work: Path) -> Iterator[dict[str, Any]]:
     files = {}
     for name, source in (("original", models.planted), ("held-out", models.held_out)):
         for kind in ("F32", "Q4_0"):
-            files[name, kind] = write_llama_gguf(source, work / f"{name}-{kind}.gguf", kind)
+            files[name, kind] = work / f"{name}-{kind}.gguf"
+            sw.quantize_to_gguf(source, files[name, kind], kind)
     lora = {
         kind: write_adapter(files["held-out", kind], models.planted, models.weights, work / kind) / "adapter.gguf"
         for kind in ("F32", "Q4_0")
@@ -220,7 +220,7 @@ def llama_rows(models: Models, work: Path) -> Iterator[dict[str, Any]]:
     held_out = {kind: llama_cpp(files["held-out", kind], prompts) for kind in ("F32", "Q4_0")}
     adapted = {kind: llama_cpp(files["held-out", kind], prompts, lora[kind]) for kind in ("F32", "Q4_0")}
     original = {kind: llama_cpp(files["original", kind], prompts) for kind in ("F32", "Q4_0")}
-    torch_model = with_gguf_weights(models.held_out, files["held-out", "Q4_0"])
+    torch_model = from_gguf(files["held-out", "Q4_0"])
     dequantized = last_log_probabilities(torch_model, prompts)
     plain = as_plain(models.planted)
     restored = last_log_probabilities(put_back(torch_model, plain, models.weights), prompts)
@@ -269,97 +269,11 @@ def llama_cpp(file: Path, prompts: Tensor, lora: Path | None = None) -> Tensor:
 
 
 VOCABULARY = 2048
-_GGUF_NAMES = {
-    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
 
 
-def write_llama_gguf(source: Path, to: Path, kind: str) -> Path:
-    """A plain Llama with a byte-level BPE tokenizer and a tied head, matrices of the decoder layers in F32 or Q4_0.
-
-    Only what this study needs: to be replaced by a converter of the package where there is one.
-    """
-    from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
-    from gguf.quants import quantize
-
-    model = as_plain(source)
-    config = model.config
-    writer = GGUFWriter(to, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_file_type(LlamaFileType.ALL_F32 if kind == "F32" else LlamaFileType.MOSTLY_Q4_0)
-    words = json.loads(AutoTokenizer.from_pretrained(source).backend_tokenizer.to_str())
-    listed = sorted({**words["model"]["vocab"], **{each["content"]: each["id"] for each in words["added_tokens"]}}.items(),
-                    key=lambda each: each[1])  # fmt: skip
-    special = {each["content"] for each in words["added_tokens"]}
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list([word for word, _ in listed])
-    writer.add_token_types([TokenType.CONTROL if word in special else TokenType.NORMAL for word, _ in listed])
-    writer.add_token_merges([" ".join(each) if isinstance(each, list) else each for each in words["model"]["merges"]])
-    writer.add_bos_token_id(config.bos_token_id)
-    writer.add_eos_token_id(config.eos_token_id)
-    for name, parameter in model.named_parameters():
-        value = parameter.detach().numpy()
-        if heads := _turned_heads(config, name):
-            value = _permuted(value, heads)
-        packed = kind == "Q4_0" and ".layers." in name and value.ndim == 2
-        if packed:
-            stored = quantize(value, GGMLQuantizationType.Q4_0)
-            writer.add_tensor(_gguf_name(name), stored, raw_dtype=GGMLQuantizationType.Q4_0)
-        else:
-            writer.add_tensor(_gguf_name(name), value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return to
-
-
-def _gguf_name(name: str) -> str:
-    if name in ("model.embed_tokens.weight", "model.norm.weight"):
-        return {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}[name]
-    _, _, layer, rest = name.split(".", 3)
-    return f"blk.{layer}.{_GGUF_NAMES[rest.removesuffix('.weight')]}.weight"
-
-
-def _turned_heads(config: Any, name: str) -> int | None:
-    """How many heads a matrix has that rotary positions turn; None for others."""
-    if name.endswith("q_proj.weight"):
-        return config.num_attention_heads
-    return config.num_key_value_heads if name.endswith("k_proj.weight") else None
-
-
-def _permuted(value: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head in the order in which llama.cpp turns pairs: neighbours, not halves."""
-    rows, cols = value.shape
-    return value.reshape(heads, 2, rows // heads // 2, cols).swapaxes(1, 2).reshape(rows, cols)
-
-
-def with_gguf_weights(source: Path, file: Path) -> nn.Module:
-    """The model in torch, its weights dequantized from a GGUF file."""
-    from gguf import GGUFReader
-    from gguf.quants import dequantize
-
-    model = as_plain(source)
-    stored = {each.name: dequantize(each.data, each.tensor_type) for each in GGUFReader(file).tensors}
-    for name, parameter in model.named_parameters():
-        value = stored[_gguf_name(name)].reshape(parameter.shape)
-        if heads := _turned_heads(model.config, name):
-            rows, cols = value.shape
-            value = value.reshape(heads, rows // heads // 2, 2, cols).swapaxes(1, 2).reshape(rows, cols)
-        parameter.data = torch.from_numpy(np.array(value, dtype=np.float32))
-    return model
+def from_gguf(file: Path) -> nn.Module:
+    """The model in torch, its weights dequantized from a GGUF file by transformers."""
+    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
 
 
 PARTS: dict[str, tuple[Callable[[Models, Path], Iterator[dict[str, Any]]], tuple[str, ...]]] = {
