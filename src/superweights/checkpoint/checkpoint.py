@@ -196,8 +196,7 @@ class Checkpoint:
         if method is not None:
             raise QuantizedCheckpointError(
                 f"{purpose[:1].upper()}{purpose[1:]} needs plain weights, but those of {self.reference} are quantized "
-                f"({method}). Give the checkpoint it was quantized from. What works on this one: `show` on tensors "
-                "that are not packed, and `index`."
+                f"({method}). Give the checkpoint it was quantized from. Verbs that only run or read a model take this one."
             )
 
     def view(self, name: str) -> "torch.Tensor":

@@ -17,7 +17,7 @@ from superweights.checkpoint.packed.reading import packed_format, read_packed_ma
 from superweights.checkpoint.packed.stored import PLAIN
 from superweights.checkpoint.quantized import SETTINGS_KEYS
 from superweights.checkpoint.scalars import StoredScalar
-from superweights.errors import QuantizedCheckpointError
+from superweights.errors import MalformedFileError, QuantizedCheckpointError
 
 _PARTS = (
     "qweight", "qzeros", "scales", "g_idx", "weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point",
@@ -89,8 +89,11 @@ class UnpackedCheckpoint(Checkpoint):
         vars(self).update(vars(packed))  # the same open files
         self.packed = packed
         modules = _packed_modules(packed)
-        if not modules:  # the config speaks of packed weights, and none is found
-            packed.require_plain("reading weights")
+        if not modules:
+            raise MalformedFileError(
+                f"config.json of {packed.reference} says that its weights are quantized ({packed_format(packed)}), and none of its "
+                "tensors is packed. Download the model again; where the weights are plain, take quantization_config out."
+            )
         self.config = {key: value for key, value in packed.config.items() if key not in SETTINGS_KEYS}
         self._parts = {f"{module}.weight": each.parts for module, each in modules.items()}
         hidden = {part for parts in self._parts.values() for part in parts}
