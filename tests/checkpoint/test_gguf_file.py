@@ -195,12 +195,83 @@ def test_positions_stretched_evenly(tmp_path: Path) -> None:
     source = save_tiny_checkpoint("llama", tmp_path / "m", rope_parameters=rope)
     more = {"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": 4.0}
     assert torch.equal(logits(write_gguf(source, tmp_path / "m.gguf", **more)), logits(source))
+    untyped = {"llama__rope__scaling__factor": 4.0}  # llama.cpp takes that for linear
+    assert torch.equal(logits(write_gguf(source, tmp_path / "u.gguf", **untyped)), logits(source))
     more["llama__rope__scaling__type"] = "spiral"
     with pytest.raises(UnsupportedArchitectureError, match="spiral"):
         open_dequantized(write_gguf(source, tmp_path / "s.gguf", **more))
 
 
+def test_positions_of_gemma_3_are_stretched_in_layers_without_a_window(tmp_path: Path) -> None:
+    """As in all of its models from 4B on."""
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 500000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0},
+    }
+    source = save_tiny_checkpoint("gemma3_text", tmp_path / "m", rope_parameters=rope, **SCALED)
+    more = {
+        "gemma3__rope__scaling__type": "linear",
+        "gemma3__rope__scaling__factor": 8.0,
+        "gemma3__rope__freq_base": 500000.0,
+        "gemma3__rope__freq_base_swa": 20000.0,
+    }
+    assert torch.equal(logits(write_gguf(source, tmp_path / "m.gguf", **more)), logits(source))
+
+
+def test_yarn_with_settings_that_are_not_read(source: Path, tmp_path: Path) -> None:
+    more = {
+        "llama__rope__scaling__type": "yarn",
+        "llama__rope__scaling__factor": 4.0,
+        "llama__rope__scaling__yarn_beta_fast": 16.0,
+    }
+    with open_dequantized(write_gguf(source, tmp_path / "m.gguf", **more)) as found:
+        assert found.config["rope_parameters"]["beta_fast"] == 16
+    more["llama__rope__scaling__yarn_log_multiplier"] = 0.1
+    with pytest.raises(UnsupportedArchitectureError, match="'yarn' with yarn_log_multiplier"):
+        open_dequantized(write_gguf(source, tmp_path / "s.gguf", **more))
+
+
 # Bad input.
+
+
+def test_the_models_name_does_not_choose_its_architecture(source: Path, tmp_path: Path) -> None:
+    found = write_gguf(source, tmp_path / "m.gguf", general__name="mistral")
+    assert torch.equal(logits(found), logits(source))
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"llama__block_count": 2**32 - 1}, "says that it has 4294967295 layers, and holds 6"),
+        ({"llama__attention__head_count": 0}, "refuses the settings of this llama: ZeroDivisionError"),
+        ({"llama__rope__freq_base": "fast"}, "make no config of a llama"),
+    ],
+)
+def test_settings_that_make_no_sense(more: dict[str, Any], says: str, source: Path, tmp_path: Path) -> None:
+    extra = {"rope_freqs.weight": np.ones(8, np.float32)}
+    with pytest.raises((MalformedFileError, UnsupportedArchitectureError), match=says):
+        open_dequantized(write_gguf(source, tmp_path / "m.gguf", extra=extra, **more))
+
+
+def test_a_matrix_that_lies_the_other_way_round_is_refused(source: Path, tmp_path: Path) -> None:
+    """As many weights in another shape."""
+    name = "blk.2.ffn_down.weight"
+    extra = {name: np.zeros((112, 64), np.float32)}
+    found = write_gguf(source, tmp_path / "m.gguf", drop=(name,), extra=extra)
+    with pytest.raises(MalformedFileError, match=r"has the shape \[112, 64\], and .* has \[64, 112\]"):
+        open_dequantized(found)
+
+
+def test_experts_in_another_number_than_the_settings_say(tmp_path: Path) -> None:
+    source = save_tiny_checkpoint("qwen3_moe", tmp_path / "m", norm_topk_prob=True)
+    for name in ("down", "up"):
+        stored = gguf.GGUFReader(write_gguf(source, tmp_path / "w.gguf"))
+        whole = f"blk.0.ffn_{name}_exps.weight"
+        values = next(each.data for each in stored.tensors if each.name == whole)
+        drop = (whole, whole.removesuffix(".weight"))
+        found = write_gguf(source, tmp_path / "m.gguf", drop=drop, extra={whole: np.array(values[:-1])})
+        with pytest.raises(MalformedFileError, match=f"ffn_{name}_exps"):
+            open_dequantized(found)
 
 
 def test_a_tensor_that_has_no_place_is_refused(source: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from superweights.checkpoint.gguf_metadata import Metadata, MetadataValue
+from superweights.checkpoint.gguf_header import Metadata, MetadataValue
 from superweights.checkpoint.header import TensorEntry
 from superweights.checkpoint.packed.gguf import gguf_package
 from superweights.errors import UnknownNameError, UnsupportedArchitectureError
@@ -110,8 +110,7 @@ def family_metadata(family: Family, config: Any, where: str) -> Metadata:
         found[key] = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
     found["feed_forward_length"] = found["feed_forward_length"] or 4 * config.hidden_size
     found["attention.head_count_kv"] = found["attention.head_count_kv"] or config.num_attention_heads
-    if (head := getattr(config, "head_dim", None)) is not None:
-        found["attention.key_length"] = found["attention.value_length"] = head
+    found["attention.value_length"] = found["attention.key_length"]
     found |= _rope_metadata(config)
     found |= {key: getattr(config, name, None) for key, name in family.keys.items()}
     found |= family.constants
@@ -153,24 +152,25 @@ def family_tensors(
 
 
 def known_settings(
-    architecture: str, config: Mapping[str, Any], said: Mapping[str, Any], stored: Container[str]
+    architecture: str, config: dict[str, Any], said: Mapping[str, Any], stored: Container[str]
 ) -> dict[str, Any]:
     """Fields of a config that a GGUF file says or implies, and transformers overlooks: `family_metadata` the other way round.
 
     Args:
         architecture: what llama.cpp calls it.
-        config: what is known of the config; a model type that is not in the table has nothing added.
+        config: what is known of the config; of a model type that is not in the table only what all have is added.
         said: the file's settings, by keys without the architecture.
         stored: names of its tensors.
     """
+    found = {name: said[key] for key, names in _COMMON.items() if key in said for name in names if name in config}
     family = FAMILIES.get(str(config["model_type"]))
     if family is None or family.architecture != architecture:
-        return {}
-    found = {name: said[key] for key, name in family.keys.items() if key in said}
+        return found
+    found |= {name: said[key] for key, name in family.keys.items() if key in said}
     found |= {
         name: allowed[0] for name, allowed in family.needs.items() if name in config and config[name] not in allowed
     }
-    found |= {name: value(SimpleNamespace(**config)) for name, value in family.implied.items()}
+    found |= {name: value(SimpleNamespace(**(config | found))) for name, value in family.implied.items()}
     return found | {name: bias in stored for name, bias in _BIASES.items() if name in config}
 
 
@@ -241,12 +241,17 @@ def _rope_tensors(config: Any) -> Iterator[GgufRecipe]:
     rope = _rope(config)
     if rope.get("rope_type") != "llama3":
         return
-    factors = _llama3_factors(rope, rope["rope_theta"], _head(config) // 2)
+    factors = llama3_factors(rope, rope["rope_theta"], _head(config) // 2)
     yield GgufRecipe("rope_freqs.weight", factors.shape, (), lambda values: factors)
 
 
-def _llama3_factors(rope: Mapping[str, Any], theta: float, count: int) -> npt.NDArray[np.float32]:
-    """What each frequency is divided by.
+def llama3_factors(rope: Mapping[str, Any], theta: float, count: int) -> npt.NDArray[np.float32]:
+    """What llama.cpp divides each frequency by.
+
+    Args:
+        rope: settings of Llama 3's rotary embedding.
+        theta: its base.
+        count: how many frequencies.
 
     Source:
         transformers' `_compute_llama3_parameters`.
@@ -284,16 +289,17 @@ _IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|\.attentio
 _BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_down.bias"}
 """Settings that only a tensor tells of."""
 _COMMON = {
-    "context_length": ("max_position_embeddings",),
+    "context_length": ("max_position_embeddings", "n_positions"),
     "embedding_length": ("hidden_size",),
     "block_count": ("num_hidden_layers",),
-    "feed_forward_length": ("intermediate_size", "n_inner"),
+    "feed_forward_length": ("intermediate_size", "ffn_hidden_size", "n_inner"),
     "attention.head_count": ("num_attention_heads",),
     "attention.head_count_kv": ("num_key_value_heads",),
+    "attention.key_length": ("head_dim",),
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
-    "attention.layer_norm_epsilon": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"),
+    "attention.layer_norm_epsilon": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
 }
-"""What most architectures have; of several fields the first that a config has."""
+"""What most architectures have, and what configs call it."""
 
 
 def _interleaved(heads: str) -> Change:

@@ -9,8 +9,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +16,7 @@ import numpy.typing as npt
 
 from superweights.checkpoint.checkpoint import Checkpoint
 from superweights.checkpoint.gguf_config import ROPE_TENSORS, gguf_config
-from superweights.checkpoint.gguf_header import GgufHeader, GgufTensor, gguf_digest, read_gguf_header
+from superweights.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from superweights.checkpoint.header import TensorEntry
 from superweights.checkpoint.local import WeightSource, open_directory
 from superweights.checkpoint.packed.gguf import PLAIN, dequantize_blocks, read_blocks
@@ -27,7 +25,6 @@ from superweights.checkpoint.scalars import StoredScalar
 from superweights.checkpoint.shards import Shards
 from superweights.errors import (
     MalformedFileError,
-    MissingTensorError,
     QuantizedCheckpointError,
     UnsupportedArchitectureError,
 )
@@ -37,7 +34,6 @@ if TYPE_CHECKING:
 
     from superweights.checkpoint.packed.grids import PackedMatrix
 
-_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_(?P<what>gate|up|down)_exps\.weight")
 _EXPERT_NAMES = {
     "qwen2_moe": "{layer}.mlp.experts.{expert}.{what}_proj.weight",
@@ -65,14 +61,12 @@ def open_gguf(reference: ModelReference) -> "GgufCheckpoint":
         UnsupportedArchitectureError: transformers has no such model.
         QuantizedCheckpointError: transformers' model has no place for a tensor.
     """
-    paths = gguf_parts(reference.path)
-    headers = [read_gguf_header(path) for path in paths]
-    whole = GgufHeader(tuple(each for header in headers for each in header.tensors), headers[0].metadata)
-    source = open_directory(reference.path.parent, Shards(tuple(path.name for path in paths)))
+    header = read_gguf_header(reference.path)
+    source = open_directory(reference.path.parent, Shards(tuple(path.name for path in header.paths)))
     try:
-        by_name = {each.name: each for each in whole.tensors}
-        config = gguf_config(paths[0], whole, lambda name: _values(source, _Origin(by_name[name])))
-        return GgufCheckpoint(reference, source, whole, config=config)
+        by_name = {each.name: each for each in header.tensors}
+        config = gguf_config(header, lambda name: _values(source, _Origin(by_name[name])))
+        return GgufCheckpoint(reference, source, header, config=config)
     except BaseException:
         source.close()
         raise
@@ -97,6 +91,8 @@ class GgufCheckpoint(Checkpoint):
         self._order = _Order(header.architecture, config)
         stored = {each.name: each for each in header.tensors}
         names, shapes = _transformers_names(config, self._order, stored, str(reference))
+        for name, inside in names.items():
+            _require_shape(stored[name], inside, shapes[inside], self._order)
         self._origins = dict(_origins(names, stored, str(config["model_type"])))
         self._as_stored = {name for name, each in self._origins.items() if self._order.keeps(each.stored)}
         tensors = {}
@@ -121,8 +117,8 @@ class GgufCheckpoint(Checkpoint):
 
     @property
     def digest(self) -> str:
-        """As for other checkpoints, with the types of GGUF; see `gguf_digest`."""
-        return gguf_digest(self.header, [file.size for file in self._files.values()])
+        """As for other checkpoints, with the types of GGUF."""
+        return self.header.digest
 
     def require_plain(self, purpose: str) -> None:
         """Refuses: a GGUF file is only read."""
@@ -138,7 +134,8 @@ class GgufCheckpoint(Checkpoint):
     @property
     def has_tokenizer(self) -> bool:
         """Whether the file holds a tokenizer as well."""
-        return self.header.metadata.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
+        model = self.header.metadata.get("tokenizer.ggml.model")
+        return model is not None and model.value not in ("none", "no_vocab")
 
     def stored_as(self, name: str) -> str:
         """The GGUF type of a tensor, such as "Q4_K"."""
@@ -151,7 +148,14 @@ class GgufCheckpoint(Checkpoint):
         if not self.is_packed(name):
             return super().view(name)
         origin = self._origins[name]
-        values = self._order.undo(origin.stored.name, _values(self._source, origin)).reshape(self.entry(name).shape)
+        values = _values(self._source, origin)
+        try:
+            values = self._order.undo(origin.stored.name, values).reshape(self.entry(name).shape)
+        except ValueError as error:
+            raise MalformedFileError(
+                f"{origin.stored.path}: {origin.stored.name} {list(origin.stored.shape)} cannot be put into the order of "
+                f"transformers: {error}. Write or download it again."
+            ) from error
         return torch.from_numpy(np.ascontiguousarray(values))
 
     def view_rows(self, name: str, rows: Sequence[int]) -> "torch.Tensor":
@@ -209,35 +213,15 @@ def _values(source: WeightSource, origin: _Origin, rows: Sequence[int] | None = 
     """Float32 [.., rows, cols] in the order of the file."""
     blocks = _blocks(source, origin)
     chosen = blocks if rows is None else blocks[list(rows)]
-    return dequantize_blocks(chosen, origin.stored.kind, what=origin.stored.name)
+    return dequantize_blocks(chosen, origin.stored.kind, what=f"{origin.stored.name} of {origin.stored.path}")
 
 
 def _blocks(source: WeightSource, origin: _Origin) -> npt.NDArray[np.uint8]:
     """The bytes of a tensor on the file's map, [.., rows, bytes of a row]."""
     stored = origin.stored
-    found = np.frombuffer(source.files[stored.file].map, np.uint8, stored.nbytes, stored.start)
+    found = np.frombuffer(source.files[stored.path.name].map, np.uint8, stored.nbytes, stored.start)
     shaped = found.reshape(*stored.shape[:-1], -1)
     return shaped if origin.expert is None else shaped[origin.expert]
-
-
-def gguf_parts(path: Path) -> list[Path]:
-    """A file, and with the first of several parts the others.
-
-    Raises:
-        MissingTensorError: a part is not there.
-    """
-    match = _PART.fullmatch(path.name)
-    if match is None:
-        return [path]
-    count = int(match["count"])
-    paths = [path.with_name(f"{match['stem']}-{number:05d}-of-{match['count']}.gguf") for number in range(1, count + 1)]
-    absent = [each.name for each in paths if not each.is_file()]
-    if absent or not paths:
-        raise MissingTensorError(
-            f"{path} is one of {count} parts, and {absent[0] if absent else 'the first'} is not beside it "
-            f"({len(absent)} are missing). Download the missing files."
-        )
-    return paths
 
 
 class _Order:
@@ -246,6 +230,7 @@ class _Order:
     def __init__(self, architecture: str, config: Mapping[str, Any]) -> None:
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
+        self.architecture = architecture
         self.processor: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=dict(config))
 
     def undo(self, name: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -265,6 +250,11 @@ class _Order:
         if probed is None or not np.array_equal(np.sort(probed, axis=None), np.arange(stored.shape[0])):
             return None
         return probed.ravel().astype(np.int64)
+
+    def turns(self, stored: GgufTensor) -> bool:
+        """Whether rows become columns."""
+        probed, lengths = self._probed(stored), _row_numbers(stored).shape
+        return probed is not None and probed.shape == lengths[::-1] != lengths
 
     def keeps(self, stored: GgufTensor) -> bool:
         """Whether nothing was changed."""
@@ -299,7 +289,7 @@ def _transformers_names(
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-        found: dict[str, str] = get_gguf_hf_weights_map(model, order.processor)
+        found: dict[str, str] = get_gguf_hf_weights_map(model, order.processor, order.architecture)
     except Exception as error:
         raise UnsupportedArchitectureError(
             f"{where}: transformers cannot build the {model_type} that the file describes: {type(error).__name__}: {error}"
@@ -316,6 +306,21 @@ def _transformers_names(
         )
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     return {name: inside for name, inside in names.items() if inside}, shapes
+
+
+def _require_shape(stored: GgufTensor, inside: str, expected: tuple[int, ...], order: _Order) -> None:
+    """Refuses a tensor whose shape is not the one that the settings lead to; lengths of one come and go."""
+    match = _EXPERTS.fullmatch(stored.name)
+    if match and match["what"] != "down" and len(expected) == 3:  # transformers has both in one
+        expected = (expected[0], expected[1] // 2, expected[2])
+    shape = stored.shape[::-1] if order.turns(stored) else stored.shape
+    if (match and shape != expected) or [each for each in shape if each != 1] != [
+        each for each in expected if each != 1
+    ]:
+        raise MalformedFileError(
+            f"{stored.path}: {stored.name} has the shape {list(stored.shape)}, and by the file's metadata {inside} has "
+            f"{list(expected)}. Write or download it again."
+        )
 
 
 def _origins(
@@ -340,11 +345,6 @@ def _origins(
 
 def _entry(name: str, origin: _Origin, shape: tuple[int, ...], *, plain: bool) -> TensorEntry:
     stored = origin.stored
-    if prod(shape) != prod(stored.shape) // (1 if origin.expert is None else stored.shape[0]):
-        raise MalformedFileError(
-            f"{stored.file}: {stored.name} has the shape {list(stored.shape)}, and by the file's metadata {name} has "
-            f"{list(shape)}. Write or download it again."
-        )
     size = stored.nbytes if origin.expert is None else stored.nbytes // stored.shape[0]
     start = stored.start + size * (origin.expert or 0)
-    return TensorEntry(name, stored.file, PLAIN[stored.kind] if plain else "F32", shape, start, start + size)
+    return TensorEntry(name, stored.path.name, PLAIN[stored.kind] if plain else "F32", shape, start, start + size)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from superweights.checkpoint.gguf_metadata import Metadata, MetadataValue
+from superweights.checkpoint.gguf_header import Metadata, MetadataValue
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
 """llama.cpp's types of tokens."""

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from superweights.checkpoint.copying import sync_folder
-from superweights.checkpoint.gguf_metadata import Metadata, add_metadata
+from superweights.checkpoint.gguf_header import Metadata
 from superweights.checkpoint.packed.gguf import gguf_package
 from superweights.errors import NonFiniteWeightsError, RecordError, UnknownNameError, UsageError
 from superweights.progress import NO_PROGRESS, Progress
@@ -221,7 +221,7 @@ def _writer(path: Path, architecture: str, metadata: Metadata, tensors: Sequence
     package = gguf_package()
     writer = package.GGUFWriter(path, architecture)
     try:
-        add_metadata(writer, {key: each for key, each in metadata.items() if key != "general.architecture"})
+        _add_metadata(writer, {key: each for key, each in metadata.items() if key != "general.architecture"})
         for each in tensors:
             kind = package.GGMLQuantizationType[each.kind]
             writer.add_tensor_info(each.name, each.shape, np.dtype(np.float32), each.nbytes, raw_dtype=kind)
@@ -233,3 +233,12 @@ def _writer(path: Path, architecture: str, metadata: Metadata, tensors: Sequence
         yield writer
     finally:
         writer.close()
+
+
+def _add_metadata(writer: Any, metadata: Metadata) -> None:
+    """Hands settings to the package's writer; empty lists are left out, which it cannot write."""
+    kinds = gguf_package().GGUFValueType
+    for key, each in metadata.items():
+        if each.kind == "ARRAY" and not each.value:
+            continue
+        writer.add_key_value(key, each.value, kinds[each.kind], kinds[each.of] if each.of else None)

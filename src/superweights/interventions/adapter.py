@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save
 from superweights import __version__
 from superweights.checkpoint import Checkpoint, ModelReference
 from superweights.checkpoint.copying import new_folder, sync_folder, write_file
-from superweights.checkpoint.gguf_header import gguf_digest, read_gguf_header
+from superweights.checkpoint.gguf_header import read_gguf_header
 from superweights.checkpoint.header import load_json
 from superweights.checkpoint.packed.gguf import PLAIN, dequantize_blocks, gguf_package
 from superweights.checkpoint.packed.reading import read_packed_matrix
@@ -423,13 +423,13 @@ class _GgufFile(QuantizedFiles):
             )
         header = read_gguf_header(path)
         self.architecture = header.architecture
-        self.layers = int(header.metadata.get(f"{self.architecture}.block_count", 0))
+        self.layers = header.settings.get("block_count", 0)
         self.path, self.header = path, header
         self.tensors = {each.name: each for each in header.tensors}
 
     @cached_property
     def identity(self) -> ModelIdentity:
-        return ModelIdentity(str(self.path), None, gguf_digest(self.header, [self.path.stat().st_size]))
+        return ModelIdentity(str(self.path), None, self.header.digest)
 
     def require_fit(self, original: LoadedModel) -> None:
         assert original.checkpoint is not None
@@ -448,15 +448,14 @@ class _GgufFile(QuantizedFiles):
         name = _gguf_name(self.architecture, modules[0])
         if name not in self.tensors:
             raise MissingTensorError(
-                f"{self.path} has no tensor {name}, which {modules[0]} becomes in GGUF. Where a model is split into several "
-                "files, merge them first (llama-gguf-split --merge)."
+                f"{self.path} has no tensor {name}, which {modules[0]} becomes in GGUF. Give the model that was quantized from "
+                "the original."
             )
         return name
 
     def matrix(self, stored: str, *, transposed: bool) -> _Matrix:
         tensor = self.tensors[stored]  # [rows, cols] in any case: the converters transpose
-        found = np.fromfile(self.path, np.uint8, tensor.nbytes, offset=tensor.start)
-        values = dequantize_blocks(found.reshape(*tensor.shape[:-1], -1), tensor.kind, what=f"{stored} of {self.path}")
+        values = dequantize_blocks(tensor.blocks(), tensor.kind, what=f"{stored} of {self.path}")
         return _Matrix(torch.from_numpy(values), plain=tensor.kind in PLAIN)
 
 
@@ -602,7 +601,10 @@ def _write_tensors(adapter: Adapter, file: Path) -> None:
 
 
 def _read_gguf(file: Path) -> dict[str, torch.Tensor]:
-    return {each.name: torch.from_numpy(np.array(each.data)) for each in gguf_package().GGUFReader(file).tensors}
+    return {
+        each.name: torch.from_numpy(dequantize_blocks(each.blocks(), each.kind, what=each.name).copy())
+        for each in read_gguf_header(file).tensors
+    }
 
 
 def _peft_config(adapter: Adapter) -> dict[str, Any]:

@@ -26,9 +26,7 @@ from superweights.checkpoint.gguf_families import (
     family_of,
     family_tensors,
 )
-from superweights.checkpoint.gguf_file import gguf_parts
-from superweights.checkpoint.gguf_header import GgufTensor, read_gguf_header
-from superweights.checkpoint.gguf_metadata import MetadataValue, read_metadata
+from superweights.checkpoint.gguf_header import MetadataValue, read_gguf_header
 from superweights.checkpoint.gguf_tokenizer import gguf_tokenizer
 from superweights.checkpoint.gguf_writing import (
     NewGgufTensor,
@@ -379,14 +377,12 @@ class _GgufFile(_Source):
 
     def __init__(self, reference: ModelReference) -> None:
         self.reference = reference
-        self.paths = tuple(gguf_parts(reference.path))
-        self.metadata = read_metadata(self.paths[0])
-        self.architecture = str(self.metadata["general.architecture"].value)
-        self.tensors: dict[str, tuple[Path, GgufTensor]] = {
-            each.name: (path, each) for path in self.paths for each in read_gguf_header(path).tensors
-        }
-        self.shapes = {name: each.shape for name, (_, each) in self.tensors.items()}
-        self.kinds = {name: each.kind for name, (_, each) in self.tensors.items()}
+        header = read_gguf_header(reference.path)
+        self.paths, self.architecture = header.paths, header.architecture
+        self.metadata = {key: each for key, each in header.metadata.items() if not key.startswith("split.")}
+        self.tensors = {each.name: each for each in header.tensors}
+        self.shapes = {name: each.shape for name, each in self.tensors.items()}
+        self.kinds = {name: each.kind for name, each in self.tensors.items()}
 
     def left_kind(self, name: str) -> str:
         return self.kinds[name]
@@ -412,20 +408,15 @@ class _GgufFile(_Source):
             raise CoordinateError(f"{coordinate} is outside {found[0]} of {self.reference}, which is {list(shape)}.")
         return found[0], index
 
-    def _stored(self, name: str) -> npt.NDArray[np.uint8]:
-        path, tensor = self.tensors[name]
-        found = np.memmap(path, np.uint8, "r", tensor.start, (tensor.nbytes,))
-        return found.reshape(*tensor.shape[:-1], -1)
-
     def values(self, name: str) -> _Values:
-        return dequantize_blocks(self._stored(name), self.kinds[name], what=name)
+        return dequantize_blocks(self.tensors[name].blocks(), self.kinds[name], what=name)
 
     def row(self, name: str, index: tuple[int, ...]) -> _Values:
-        return dequantize_blocks(np.array(self._stored(name)[index]), self.kinds[name], what=name)
+        return dequantize_blocks(np.array(self.tensors[name].blocks()[index]), self.kinds[name], what=name)
 
     def blocks(self, new: NewGgufTensor, threads: int | None) -> npt.NDArray[np.uint8]:
         if new.kind == self.kinds[new.name] and new.kind not in PLAIN:
-            return self._stored(new.name)
+            return self.tensors[new.name].blocks()
         return super().blocks(new, threads)
 
 
