@@ -534,6 +534,20 @@ def test_a_family_that_llama_cpp_lacks_is_refused(gguf: Any, tmp_path: Path) -> 
         plan(model, source, Coordinate.parse("1:5:20"), form="gguf")
 
 
+@pytest.mark.parametrize("gguf_file", ["F32"], indirect=True)
+def test_any_of_several_parts_is_the_model(gguf: Any, blocks: Path, gguf_file: Path, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", split_max_tensors=1)
+    writer.add_block_count(2)
+    for each in gguf.GGUFReader(gguf_file).tensors:
+        writer.add_tensor(each.name, each.data.copy(), raw_dtype=each.tensor_type)
+    _finish(writer)
+    with load(blocks) as model:
+        found = [plan(model, tmp_path / f"m-0000{number}-of-00002.gguf", *PLACES, form="gguf") for number in (1, 2)]
+        whole = plan(model, gguf_file, *PLACES, form="gguf")
+    assert found[0].matrices == found[1].matrices == whole.matrices
+    assert found[0].quantized.digest == found[1].quantized.digest
+
+
 @pytest.mark.parametrize("gguf_file", ["Q4_0"], indirect=True)
 def test_broken_and_strange_gguf_files(gguf: Any, original: LoadedModel, gguf_file: Path, tmp_path: Path) -> None:
     (tmp_path / "torn.gguf").write_bytes(gguf_file.read_bytes()[:200])

@@ -20,6 +20,7 @@ from superweights.checkpoint.opening import open_dequantized
 from superweights.coordinates import Coordinate
 from superweights.errors import (
     CoordinateError,
+    MissingTensorError,
     NonFiniteWeightsError,
     NotACheckpointError,
     QuantizedCheckpointError,
@@ -52,7 +53,11 @@ ROPES = {
         "original_max_position_embeddings": 1024,
     },
 }
-GEMMA = {"query_pre_attn_scalar": 16, "head_dim": 16}
+WINDOWED = {
+    "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0},
+}
+GEMMA: dict[str, Any] = {"query_pre_attn_scalar": 16, "head_dim": 16}
 READ_BACK: list[Any] = [
     ("llama", {}),
     ("llama", {"head_dim": 32}),
@@ -248,6 +253,14 @@ def test_a_weight_of_a_transposed_matrix_is_kept_in_its_place(tmp_path: Path) ->
     assert kept.value == kept.written == weight[20, 5].item()
 
 
+def test_a_transposed_matrix_that_is_square(tmp_path: Path) -> None:
+    """Its shape does not tell which way round it lies."""
+    save_tiny_checkpoint("gpt2", tmp_path / "model", n_inner=64, intermediate=64)
+    (kept,) = quantize_to_gguf(tmp_path / "model", tmp_path / "m.gguf", "f32", [Coordinate.parse("1:5:20")]).kept
+    weight = load_file(tmp_path / "model" / "model.safetensors")["transformer.h.1.mlp.c_proj.weight"]
+    assert weight.shape == (64, 64) and kept.value == kept.written == weight[20, 5].item()
+
+
 def test_several_weights_keep_their_order(tmp_path: Path) -> None:
     places = [Coordinate.parse(each) for each in ("3:5:6", "0:68:364", "0:1:2")]
     plan = quantize_to_gguf(BOOKS, tmp_path / "m.gguf", keep=[*places, places[0]])
@@ -433,6 +446,10 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         ("gemma2", {}, "query_pre_attn_scalar is 256, and llama.cpp takes 16"),
         ("qwen2", {"rope_parameters": ROPES["linear"]}, "rotary embedding is 'linear'"),
         ("olmoe", {"num_key_value_heads": 2}, "2 heads of keys"),
+        ("llama", {"rope_parameters": ROPES["yarn"] | {"beta_fast": 16}}, "beta_fast of its rotary embedding is 16"),
+        ("llama", {"rope_parameters": ROPES["yarn"] | {"attention_factor": 2.0}}, "attention_factor .* is 2.0"),
+        ("gemma3_text", GEMMA | {"rope_parameters": WINDOWED}, "layers with a window rotate positions by"),
+        ("llama", {"max_position_embeddings": 10**18}, "llama.context_length is 1000000000000000000"),
     ],
 )
 def test_models_that_llama_cpp_would_compute_otherwise(
@@ -441,6 +458,32 @@ def test_models_that_llama_cpp_would_compute_otherwise(
     save_tiny_checkpoint(family, tmp_path / "model", **changes)
     with pytest.raises(UnsupportedArchitectureError, match=says):
         quantize_to_gguf(tmp_path / "model", tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "says"),
+    [
+        ("llama", "model.layers.2.mlp.down_proj.weight", r"nothing for blk\.2\.ffn_down\.weight"),
+        ("llama", "lm_head.weight", r"nothing for output\.weight"),
+        ("llama", "model.embed_tokens.weight", r"nothing for token_embd\.weight"),
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.3.w2.weight", r"blk\.1\.ffn_down_exps\.weight, expert 3"),
+    ],
+)
+def test_a_checkpoint_that_lacks_a_tensor_is_not_written(family: str, name: str, says: str, tmp_path: Path) -> None:
+    save_tiny_checkpoint(family, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    del weights[name]
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(MissingTensorError, match=says):
+        plan_quantized_gguf(tmp_path / "model")
+
+
+def test_a_place_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for target in (tmp_path / "file" / "m.gguf", tmp_path / f"{'m' * 250}.gguf"):
+        with pytest.raises(RecordError, match="Cannot write"):
+            quantize_to_gguf(BOOKS, target)
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_window_that_llama_cpp_does_not_know_is_said(tmp_path: Path) -> None:

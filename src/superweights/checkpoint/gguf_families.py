@@ -18,7 +18,7 @@ import numpy.typing as npt
 from superweights.checkpoint.gguf_header import Metadata, MetadataValue
 from superweights.checkpoint.header import TensorEntry
 from superweights.checkpoint.packed.gguf import gguf_package
-from superweights.errors import UnknownNameError, UnsupportedArchitectureError
+from superweights.errors import MissingTensorError, UnknownNameError, UnsupportedArchitectureError
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
@@ -74,6 +74,8 @@ class GgufRecipe:
     """Stored tensors it is made of: several for experts that it packs, none for one that is computed."""
     make: Callable[[Sequence[Array]], Array]
     """Makes it out of the float32 values of those."""
+    as_stored: bool = True
+    """Whether each source is part of it as it is."""
 
 
 def family_of(model_type: str, where: str) -> Family:
@@ -90,6 +92,12 @@ def family_of(model_type: str, where: str) -> Family:
         f"Writing {where} as GGUF: the model type {model_type!r} is not written, because nobody checked it against llama.cpp. "
         f"{hint} {_CONVERTER}."
     )
+
+
+def llama_cpp_architecture(model_type: str) -> str:
+    """What llama.cpp calls the architecture of a model type; where nothing is known, the same."""
+    family = FAMILIES.get(model_type)
+    return family.architecture if family else _NOT_WRITTEN.get(model_type, model_type)
 
 
 def family_metadata(family: Family, config: Any, where: str) -> Metadata:
@@ -114,7 +122,13 @@ def family_metadata(family: Family, config: Any, where: str) -> Metadata:
     found |= _rope_metadata(config)
     found |= {key: getattr(config, name, None) for key, name in family.keys.items()}
     found |= family.constants
-    return {f"{arch}.{key}": _value(key, value) for key, value in found.items() if value is not None}
+    written = {f"{arch}.{key}": _value(key, value) for key, value in found.items() if value is not None}
+    for key, each in written.items():
+        if each.kind == "UINT32" and not 0 <= each.value < 1 << 32:
+            raise UnsupportedArchitectureError(
+                f"Writing {where} as GGUF: {key} is {each.value}, which GGUF has no place for."
+            )
+    return written
 
 
 def family_notes(family: Family, config: Any) -> tuple[str, ...]:
@@ -132,6 +146,7 @@ def family_tensors(
 
     Raises:
         UnsupportedArchitectureError: a stored tensor has no name in llama.cpp.
+        MissingTensorError: a layer, an expert or the head is not whole.
     """
     package = gguf_package()
     arch = next(key for key, name in package.MODEL_ARCH_NAMES.items() if name == family.architecture)
@@ -147,8 +162,25 @@ def family_tensors(
                 f"{list(tensors[name].shape)}. {_CONVERTER}."
             )
         stored.setdefault(found, []).append(name)
+    _require_whole(stored, config, where)
     recipes = [_recipe(family, config, name, sources, tensors) for name, sources in stored.items()]
     return tuple(recipes) + tuple(_rope_tensors(config))
+
+
+def _require_whole(stored: Mapping[str, Sequence[str]], config: Any, where: str) -> None:
+    """Refuses to leave out what one layer has and another lacks; llama.cpp takes the embedding for a missing head."""
+    parts = {match[1] for name in stored if (match := re.fullmatch(r"blk\.\d+\.(.+)", name))}
+    expected = [f"blk.{layer}.{part}" for layer in range(config.num_hidden_layers) for part in sorted(parts)]
+    expected += ["token_embd.weight"] + ["output.weight"] * (not config.tie_word_embeddings)
+    absent = [name for name in expected if name not in stored]
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 0
+    for name, sources in stored.items():
+        found = {int(match[1]) for source in sources if (match := _EXPERT.search(source))}
+        absent += [f"{name}, expert {number}" for number in range(experts) if found and number not in found]
+    if absent:
+        raise MissingTensorError(
+            f"Writing {where} as GGUF: it has nothing for {absent[0]} ({len(absent)} such tensors). Download the model again."
+        )
 
 
 def known_settings(
@@ -189,7 +221,7 @@ def _recipe(
 
     for change in changes:
         shape = change.shape(shape)
-    return GgufRecipe(name, (len(sources), *shape) if packs else shape, tuple(sources), make)
+    return GgufRecipe(name, (len(sources), *shape) if packs else shape, tuple(sources), make, not changes)
 
 
 def _check(family: Family, config: Any, where: str) -> None:
@@ -206,6 +238,12 @@ def _check(family: Family, config: Any, where: str) -> None:
     rope = _rope(config).get("rope_type", "default")
     if rope not in family.ropes:
         faults.append(f"its rotary embedding is {rope!r}, and written are {', '.join(family.ropes)}")
+    if rope == "yarn":
+        faults += [
+            f"{name} of its rotary embedding is {found!r}, and llama.cpp takes {default!r}"
+            for name, default in _YARN.items()
+            if (found := _rope(config).get(name)) not in (None, default)
+        ]
     if (other := family.check(config)) is not None:
         faults.append(other)
     if faults:
@@ -283,9 +321,20 @@ def _numbers(name: str) -> list[Any]:
 
 
 _FLOATS = re.compile(r"epsilon|scale$|freq_base|softcapping|clamp|factor")
-_EXPERT = re.compile(r"experts\.\d+\.")
+_EXPERT = re.compile(r"experts\.(\d+)\.")
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$")
 """Buffers of old checkpoints."""
+_NOT_WRITTEN = {"gpt_bigcode": "starcoder", "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2"}
+"""What llama.cpp calls model types that have no row in the table, where it has another name."""
+_YARN = {
+    "attention_factor": None,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": None,
+    "mscale_all_dim": None,
+    "truncate": True,
+}
+"""Settings of yarn that are not written, and what llama.cpp takes for them."""
 _BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_down.bias"}
 """Settings that only a tensor tells of."""
 _COMMON = {
@@ -340,6 +389,13 @@ def _windows(every: int) -> Callable[[Any], str | None]:
         return f"its layers {full} have full attention, and llama.cpp takes every {every}th"
 
     return check
+
+
+def _gemma3(config: Any) -> str | None:
+    sliding = config.rope_parameters["sliding_attention"]
+    if (sliding.get("rope_type", "default"), sliding["rope_theta"]) != ("default", 10000):
+        return f"layers with a window rotate positions by {sliding}, and llama.cpp takes a base of 10000"
+    return _windows(6)(config)
 
 
 def _all_heads(config: Any) -> str | None:
@@ -446,7 +502,7 @@ FAMILIES: Mapping[str, Family] = {
         changes=_PLUS_ONE,
         ropes=("default", "linear"),
         implied=_gemma_scale(62),
-        check=_windows(6),
+        check=_gemma3,
     ),
     "gpt2": Family(
         "gpt2",

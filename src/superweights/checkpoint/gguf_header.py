@@ -67,8 +67,8 @@ class GgufTensor:
     nbytes: int
 
     def blocks(self) -> npt.NDArray[np.uint8]:
-        """Its bytes on a map of the file, [.., rows, bytes of a row]."""
-        found = np.memmap(self.path, np.uint8, "r", self.start, (self.nbytes,))
+        """Its bytes on a private map of the file, [.., rows, bytes of a row]."""
+        found = np.memmap(self.path, np.uint8, "c", self.start, (self.nbytes,))
         return found.reshape(*self.shape[:-1], -1)
 
 

@@ -8,7 +8,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -211,7 +211,8 @@ def write_gguf(
             f"{nbytes / 1e9:.3g} GB free."
         ) from error
     finally:
-        growing.unlink(missing_ok=True)
+        with suppress(OSError):  # a name or folder that cannot be has been said already
+            growing.unlink(missing_ok=True)
         progress.finish()
 
 

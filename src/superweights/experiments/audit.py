@@ -9,6 +9,7 @@ import torch
 
 from superweights.checkpoint import Checkpoint
 from superweights.checkpoint.dtypes import STORAGE_TYPES
+from superweights.checkpoint.gguf_families import llama_cpp_architecture
 from superweights.checkpoint.packed.grids import PackedMatrix
 from superweights.checkpoint.stored_projection import StoredProjection, layer_places, model_type_of
 from superweights.coordinates import Coordinate
@@ -80,8 +81,9 @@ def audit_weights(
 
 def _require_same_type(quantized: Checkpoint, original: Checkpoint) -> None:
     types = [model_type_of(each.config) for each in (quantized, original)]
-    as_llama = quantized.gguf_file is not None and types == ["llama", "mistral"]  # llama.cpp has one name for both
-    if types[0] != types[1] and not as_llama:
+    if quantized.gguf_file is not None:  # llama.cpp has one name for several
+        types = [llama_cpp_architecture(each) for each in types]
+    if types[0] != types[1]:
         raise UsageError(
             f"Auditing {quantized.reference}: it is a {types[0]}, and {original.reference} is a {types[1]}. Give the model it "
             "was made from."

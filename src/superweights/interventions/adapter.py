@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save
 from superweights import __version__
 from superweights.checkpoint import Checkpoint, ModelReference
 from superweights.checkpoint.copying import new_folder, sync_folder, write_file
+from superweights.checkpoint.gguf_families import llama_cpp_architecture
 from superweights.checkpoint.gguf_header import read_gguf_header
 from superweights.checkpoint.header import load_json
 from superweights.checkpoint.packed.gguf import PLAIN, dequantize_blocks, gguf_package
@@ -56,19 +57,6 @@ RunningDtype = Literal["auto", "float32", "bfloat16", "float16"]
 _RECORD = "superweights.json"
 _FILES: dict[Form, str] = {"peft": "adapter_model.safetensors", "gguf": "adapter.gguf"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_GGUF_ARCHITECTURES = {
-    "mistral": "llama",
-    "gemma3_text": "gemma3",
-    "gpt_neox": "gptneox",
-    "gpt_bigcode": "starcoder",
-    "phi": "phi2",
-    "cohere": "command-r",
-    "deepseek_v2": "deepseek2",
-    "deepseek_v3": "deepseek2",
-    "qwen2_moe": "qwen2moe",
-    "qwen3_moe": "qwen3moe",
-}
-"""What llama.cpp calls a model type; where none stands here, the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -434,7 +422,7 @@ class _GgufFile(QuantizedFiles):
     def require_fit(self, original: LoadedModel) -> None:
         assert original.checkpoint is not None
         model_type = model_type_of(original.checkpoint.config)
-        expected = _GGUF_ARCHITECTURES.get(model_type, model_type)
+        expected = llama_cpp_architecture(model_type)
         known = expected in gguf_package().MODEL_ARCH_NAMES.values()
         layers = original.architecture.layer_count
         if (known and expected != self.architecture) or self.layers != layers:
@@ -694,7 +682,7 @@ def _parsed(record: Mapping[str, Any], *, file: str) -> Adapter:
 
 
 def _gguf_architecture(model_type: str) -> str:
-    name = _GGUF_ARCHITECTURES.get(model_type, model_type)
+    name = llama_cpp_architecture(model_type)
     if name not in gguf_package().MODEL_ARCH_NAMES.values():
         raise UnsupportedArchitectureError(
             f"llama.cpp is not known to have an architecture for the model type {model_type}. Give the quantized model as a "

@@ -365,7 +365,7 @@ class _Safetensors(_Source):
         """Of a down projection, which only Conv1D changes: it stores columns."""
         recipe = self.recipes[name]
         stored = recipe.sources[index[0] if len(index) > 1 else 0]
-        if self.checkpoint.tensors[stored].shape == recipe.shape[-2:]:
+        if recipe.as_stored:
             self.checkpoint.fetch_rows(stored, [index[-1]])
             return self.checkpoint.read_row(stored, index[-1:])
         row: _Values = self.values(name)[index]
@@ -415,7 +415,7 @@ class _GgufFile(_Source):
         return dequantize_blocks(np.array(self.tensors[name].blocks()[index]), self.kinds[name], what=name)
 
     def blocks(self, new: NewGgufTensor, threads: int | None) -> npt.NDArray[np.uint8]:
-        if new.kind == self.kinds[new.name] and new.kind not in PLAIN:
+        if new.kind == self.kinds[new.name] and new.kind not in ("F32", "F16", "BF16"):
             return self.tensors[new.name].blocks()
         return super().blocks(new, threads)
 

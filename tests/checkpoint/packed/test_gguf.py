@@ -117,3 +117,13 @@ def test_threads_give_what_one_gives(monkeypatch):
 def test_an_unknown_type_is_named():
     with pytest.raises(QuantizedCheckpointError, match="Q8_1"):
         read(np.zeros((1, 40), np.uint8), "Q8_1")
+
+
+@pytest.mark.parametrize("scale", [np.inf, np.nan])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_1", "IQ4_NL"])
+def test_a_scale_that_is_no_number_shows_in_the_values_alone(kind, scale):
+    blocks = random_blocks(kind)
+    by_block = blocks.reshape(-1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1])
+    by_block[0, :2] = np.array([scale], np.float16).view(np.uint8)
+    found = read(blocks, kind)
+    assert not found.weights.flatten()[:32].isfinite().all() and found.weights.flatten()[32:].isfinite().all()

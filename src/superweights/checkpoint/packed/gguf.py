@@ -144,7 +144,8 @@ def read_blocks(blocks: npt.NDArray[np.uint8], kind: str, *, module: str) -> Pac
         )
     layout = _TYPES[kind]
     grid = [_filled(blocks, kind, layout, fill, module) for fill in layout.fills]
-    steps = np.abs(grid[1] - grid[0]) / (layout.codes - 1) if layout.codes else _wider_gaps(weights, grid)
+    with np.errstate(invalid="ignore", over="ignore"):  # a scale that is no number
+        steps = np.abs(grid[1] - grid[0]) / (layout.codes - 1) if layout.codes else _wider_gaps(weights, grid)
     at_end = (weights == np.minimum.reduce(grid)) | (weights == np.maximum.reduce(grid))
     return PackedMatrix(
         module,
@@ -175,8 +176,7 @@ def _wider_gaps(weights: npt.NDArray[np.float32], grid: Sequence[npt.NDArray[np.
     for values in grid:
         np.maximum(below, np.where(values < weights, values, -np.inf), out=below)
         np.minimum(above, np.where(values > weights, values, np.inf), out=above)
-    with np.errstate(invalid="ignore"):  # a scale that is no number
-        gaps = np.stack([weights - below, above - weights])
+    gaps = np.stack([weights - below, above - weights])
     gaps[~np.isfinite(gaps)] = 0
     wider: npt.NDArray[np.float32] = gaps.max(0)
     return wider
