@@ -186,7 +186,7 @@ def write_gguf(
         architecture: what llama.cpp calls it.
         metadata: all settings.
         tensors: all tensors, in order.
-        make: gives the blocks of a tensor by its number; asked in order.
+        make: gives the blocks of a tensor by its number; asked in order, from another thread.
         progress: hears about each tensor.
 
     Raises:
@@ -197,9 +197,9 @@ def write_gguf(
     progress.start("writing", total=len(tensors), unit="tensors")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _writer(growing, architecture, metadata, tensors) as writer:
-            for number, each in enumerate(tensors):
-                writer.write_tensor_data(make(number))
+        with _writer(growing, architecture, metadata, tensors) as writer, ThreadPoolExecutor(1) as ahead:
+            for each, blocks in zip(tensors, _one_ahead(ahead, make, len(tensors)), strict=True):
+                writer.write_tensor_data(blocks)
                 progress.advance(nbytes=each.nbytes)
             writer.flush()
             os.fsync(writer.fout[0].fileno())
@@ -214,6 +214,18 @@ def write_gguf(
         with suppress(OSError):  # a name or folder that cannot be has been said already
             growing.unlink(missing_ok=True)
         progress.finish()
+
+
+def _one_ahead(
+    pool: ThreadPoolExecutor, make: Callable[[int], npt.NDArray[np.uint8]], count: int
+) -> Iterator[npt.NDArray[np.uint8]]:
+    """What `make` makes of each number; the next is made while one is used."""
+    following = pool.submit(make, 0) if count else None
+    for number in range(1, count + 1):
+        assert following is not None
+        made = following.result()
+        following = pool.submit(make, number) if number < count else None
+        yield made
 
 
 @contextmanager

@@ -91,8 +91,8 @@ class UnpackedCheckpoint(Checkpoint):
         modules = _packed_modules(packed)
         if not modules:
             raise MalformedFileError(
-                f"config.json of {packed.reference} says that its weights are quantized ({packed_format(packed)}), and none of its "
-                "tensors is packed. Download the model again; where the weights are plain, take quantization_config out."
+                f"config.json of {packed.reference} says that its weights are quantized ({packed_format(packed)}), and none of "
+                "its tensors is packed. Download the model again; where the weights are plain, take quantization_config out."
             )
         self.config = {key: value for key, value in packed.config.items() if key not in SETTINGS_KEYS}
         self._parts = {f"{module}.weight": each.parts for module, each in modules.items()}
