@@ -120,10 +120,11 @@ def test_an_unknown_type_is_named():
 
 
 @pytest.mark.parametrize("scale", [np.inf, np.nan])
-@pytest.mark.parametrize("kind", ["Q4_0", "Q5_1", "IQ4_NL"])
-def test_a_scale_that_is_no_number_shows_in_the_values_alone(kind, scale):
+@pytest.mark.parametrize(("kind", "place"), [("Q4_0", 0), ("Q5_1", 0), ("Q5_1", 2), ("IQ4_NL", 0)])
+def test_a_scale_that_is_no_number_shows_in_the_values_alone(kind, place, scale):
+    """Also as the minimum of a block, where the ends of its grid are infinite both."""
     blocks = random_blocks(kind)
     by_block = blocks.reshape(-1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1])
-    by_block[0, :2] = np.array([scale], np.float16).view(np.uint8)
+    by_block[0, place : place + 2] = np.array([scale], np.float16).view(np.uint8)
     found = read(blocks, kind)
     assert not found.weights.flatten()[:32].isfinite().all() and found.weights.flatten()[32:].isfinite().all()
