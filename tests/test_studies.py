@@ -2,7 +2,6 @@
 
 import json
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -48,17 +47,6 @@ def test_rows_of_another_model_are_not_mixed_in(tmp_path: Path) -> None:
     assert peer_audits.earlier(out, {"model": "a"}) == {"x": {"way": "x"}}
     with pytest.raises(SystemExit, match="another model"):
         peer_audits.earlier(out, {"model": "b"})
-
-
-@pytest.mark.skipif(find_spec("gguf") is None, reason="writes and reads GGUF files")
-@pytest.mark.parametrize(
-    "model", [ROOT / "studies/reference_models/tiny-stories", ROOT / "src/superweights/data/tiny-books"]
-)
-def test_a_written_gguf_file_holds_the_weights(model: Path, tmp_path: Path) -> None:
-    file = adapters.write_llama_gguf(model, tmp_path / "model.gguf", "F32")
-    before = adapters.as_plain(model).state_dict()
-    after = adapters.with_gguf_weights(model, file).state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_kl_of_a_known_pair() -> None:

@@ -18,7 +18,6 @@ from superweights.errors import (
     MissingTensorError,
     ModelError,
     NotACheckpointError,
-    QuantizedCheckpointError,
     RemoteCodeError,
     SuperweightsError,
     UnknownNameError,
@@ -246,8 +245,8 @@ def test_a_model_that_transformers_cannot_build(changed_copy):
         sw.load(changed_copy(hidden_act="odd"))
 
 
-def test_a_quantized_checkpoint(changed_copy):
-    with pytest.raises(QuantizedCheckpointError, match="gptq"):
+def test_a_config_that_speaks_of_packed_weights_where_none_are(changed_copy):
+    with pytest.raises(MalformedFileError, match="gptq.*none of its tensors is packed"):
         sw.load(changed_copy(quantization_config={"quant_method": "gptq", "bits": 4}))
 
 
