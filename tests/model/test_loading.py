@@ -15,6 +15,7 @@ import superweights as sw
 from superweights.coordinates import Coordinate
 from superweights.detection.search import default_prompts
 from superweights.errors import (
+    MalformedFileError,
     MissingTensorError,
     ModelError,
     NotACheckpointError,
@@ -246,7 +247,7 @@ def test_a_model_that_transformers_cannot_build(changed_copy):
 
 
 def test_a_config_that_speaks_of_packed_weights_where_none_are(changed_copy):
-    with pytest.raises(MalformedFileError, match="gptq.*none of its tensors is packed"):
+    with pytest.raises(MalformedFileError, match=r"gptq.*none of its tensors is packed"):
         sw.load(changed_copy(quantization_config={"quant_method": "gptq", "bits": 4}))
 
 
