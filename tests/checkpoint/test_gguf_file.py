@@ -85,6 +85,12 @@ def test_what_is_stored_plain_is_a_view_of_the_file(plain: Path, source: Path) -
             found.read_scalar(query, (0, 0))
 
 
+def test_a_suffix_in_capitals_is_the_same(plain: Path, tmp_path: Path) -> None:
+    shutil.copy(plain, tmp_path / "M.GGUF")
+    with open_dequantized(tmp_path / "M.GGUF") as found:
+        assert found.gguf_file == "M.GGUF"
+
+
 def test_find_finds_what_was_planted(plain: Path, source: Path) -> None:
     with sw.load(source) as other:
         tokenizer = other.tokenizer

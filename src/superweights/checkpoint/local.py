@@ -40,7 +40,7 @@ def directory_source(reference: ModelReference) -> WeightSource:
     path = reference.path
     if path.is_dir():
         return open_directory(path, find_shards(path))
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         raise NotACheckpointError(
             f"{path} is a GGUF file, and this needs a safetensors checkpoint. GGUF files are read by `find`, `show`, `audit` "
             "and all verbs that only run a model."

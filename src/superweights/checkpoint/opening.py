@@ -20,7 +20,7 @@ def open_dequantized(reference: str | Path | ModelReference, *, revision: str | 
         UsageError: a .gguf file needs the package gguf, which is not installed.
     """
     parsed = ModelReference.parse(reference, revision=revision)
-    if parsed.place == "path" and parsed.path.suffix == ".gguf" and parsed.path.is_file():
+    if parsed.place == "path" and parsed.path.suffix.lower() == ".gguf" and parsed.path.is_file():
         return open_gguf(parsed)
     checkpoint = Checkpoint.open(parsed)
     try:

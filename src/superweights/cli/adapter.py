@@ -66,7 +66,7 @@ def adapter(
         quantized: The quantized model: a directory, a Hub name or a URL, or a .gguf file.
     """
     require_free(settings.to)
-    form: Form = settings.form or ("gguf" if quantized.endswith(".gguf") else "peft")
+    form: Form = settings.form or ("gguf" if quantized.lower().endswith(".gguf") else "peft")
     with (
         open_quantized(quantized, revision=settings.quantized_revision) as files,
         open_model(settings.original, options) as model,

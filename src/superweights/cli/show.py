@@ -69,7 +69,7 @@ def show(
 
 def _open(model: str, revision: str | None) -> Checkpoint:
     """The checkpoint; plain weights need neither torch nor transformers."""
-    if not model.endswith(".gguf"):
+    if not model.lower().endswith(".gguf"):
         checkpoint = Checkpoint.open(model, revision=revision)
         if quantization_of(checkpoint.config) is None:
             return checkpoint

@@ -455,7 +455,7 @@ def open_quantized(name: str | Path, *, revision: str | None = None) -> Iterator
         CheckpointError: its files cannot be used.
         UsageError: a GGUF file needs `superweights[gguf]`, which is not installed.
     """
-    if str(name).endswith(".gguf"):
+    if str(name).lower().endswith(".gguf"):
         yield _GgufFile(Path(name))
         return
     with Checkpoint.open(ModelReference.parse(name, revision=revision)) as checkpoint:

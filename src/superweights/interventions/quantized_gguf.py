@@ -423,7 +423,7 @@ class _GgufFile(_Source):
 @contextmanager
 def _opened(source: ModelReference | str | Path) -> Iterator[_Source]:
     reference = ModelReference.parse(source)
-    if reference.name.endswith(".gguf"):
+    if reference.name.lower().endswith(".gguf"):
         if reference.place != "path" or not reference.path.is_file():
             raise NotACheckpointError(f"There is no file {reference}. Give a .gguf file on this disk.")
         yield _GgufFile(reference)
