@@ -34,39 +34,19 @@ from superweights.interventions.rewriting import rewrite_checkpoint
 from superweights.quantization.clipping import Clip
 from superweights.quantization.held_out import rounded
 from superweights.quantization.scheme import Scheme
-from superweights.testing import plant_super_weight, save_tiny_checkpoint, tiny_model
+from superweights.testing import save_tiny_checkpoint
+
+from .conftest import content, how, stored
 
 INT4 = QuantizeWeights(Scheme.parse("int4-g32"))
 IDS = torch.arange(4, 36)[None]
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
-def how(scheme: str, **more: Any) -> QuantizeWeights:
-    return QuantizeWeights(Scheme.parse(scheme), **more)
-
-
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Coordinate]:
-    """A llama in bfloat16, in several shards, and its super weight in layer 1. Do not change it."""
-    model = tiny_model("llama", layers=3, intermediate=128)
-    weight = plant_super_weight(model, layer=1)
-    directory = tmp_path_factory.mktemp("planted") / "source"
-    model.to(torch.bfloat16).save_pretrained(directory, max_shard_size=200_000)
-    return directory, weight
-
-
 @pytest.fixture(scope="module")
 def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A qwen3_moe, whose experts are stored one by one. Do not change it."""
     return save_tiny_checkpoint("qwen3_moe", tmp_path_factory.mktemp("moe") / "source", layers=2, dtype=torch.bfloat16)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def stored(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: each for path in directory.glob("*.safetensors") for name, each in load_file(path).items()}
 
 
 def config_of(directory: Path) -> dict[str, Any]:

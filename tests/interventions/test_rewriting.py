@@ -29,6 +29,8 @@ from superweights.interventions.rewriting import rewrite_checkpoint
 from superweights.interventions.weights import EditCount, prune_largest
 from superweights.testing import save_tiny_checkpoint
 
+from .conftest import content
+
 WEIGHT = Coordinate.parse("1:3:5")
 TENSOR = "model.layers.1.mlp.down_proj.weight"
 REMOVAL = ScaleWeights((WEIGHT,))
@@ -40,10 +42,6 @@ def source(tmp_path_factory) -> Path:
     return save_tiny_checkpoint(
         "llama", tmp_path_factory.mktemp("rewriting") / "source", layers=2, dtype=torch.bfloat16, shards=True
     )
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def expected(source: Path, tensor: str, values: torch.Tensor) -> dict[str, bytes]:

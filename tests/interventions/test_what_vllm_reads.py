@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 
 from superweights.coordinates import Coordinate
 from superweights.interventions.adapter import check_adapter, open_quantized
-from superweights.interventions.conditions import QuantizeWeights
 from superweights.interventions.quantized_checkpoint import ADAPTER_FOLDER, KeepIn, quantize_checkpoint
-from superweights.quantization.scheme import Scheme
 from superweights.testing import plant_super_weight, tiny_model
+
+from .conftest import how
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -36,10 +36,6 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Coordinate]
     directory = tmp_path_factory.mktemp("planted") / "source"
     model.to(torch.bfloat16).save_pretrained(directory)
     return directory, weight
-
-
-def how(scheme: str, **more: Any) -> QuantizeWeights:
-    return QuantizeWeights(Scheme.parse(scheme), **more)
 
 
 def scheme_of(module: str, config: dict[str, Any]) -> dict[str, Any] | None:
