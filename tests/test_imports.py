@@ -36,6 +36,7 @@ WITHOUT_TORCH = [
     "superweights",
     "superweights.coordinates",
     "superweights.checkpoint",
+    "superweights.checkpoint.opening",
     "superweights.results.records",
     "superweights.results.store",
     "superweights.results.tables",

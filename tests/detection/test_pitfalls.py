@@ -18,8 +18,9 @@ from building import (
 )
 from transformers import PreTrainedModel
 
+from superweights.checkpoint.dtypes import FLOAT16_MAX
 from superweights.detection.candidates import Bars, DetectionSettings, find_candidates, group_sets
-from superweights.detection.search import FLOAT16_MAX, Findings, find
+from superweights.detection.search import Findings, find
 from superweights.model.loading import load
 from superweights.testing import plant_super_weight, save_planted_checkpoint, tiny_model, tiny_tokenizer
 

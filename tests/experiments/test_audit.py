@@ -7,7 +7,8 @@ import torch
 
 import superweights as sw
 from superweights.checkpoint import Checkpoint
-from superweights.checkpoint.packed.unpacked import UnpackedCheckpoint, unpacked
+from superweights.checkpoint.opening import open_dequantized
+from superweights.checkpoint.packed.unpacked import UnpackedCheckpoint
 from superweights.coordinates import Coordinate
 from superweights.errors import QuantizedCheckpointError, UsageError
 from superweights.experiments.audit import audit_weights, measure_audit
@@ -21,7 +22,7 @@ from .conftest import OwnText
 
 def quantized(own_text: OwnText, to: Path, scheme: str, **how):
     quantize_checkpoint(own_text.directory, to, [QuantizeWeights(Scheme.parse(scheme), **how)])
-    return unpacked(Checkpoint.open(to))
+    return open_dequantized(to)
 
 
 def test_kept_as_stored_is_exact(own_text: OwnText, tmp_path: Path) -> None:

@@ -122,13 +122,8 @@ class Checkpoint:
         """The number format, or the type of blocks, that a tensor has in the file, such as "BF16"."""
         return self.entry(name).dtype
 
-    def packed_matrix(self, name: str, expert: int | None = None) -> "PackedMatrix | None":
-        """What a quantizer left of a matrix; None for one that is stored plain.
-
-        Args:
-            name: the tensor.
-            expert: which matrix of a tensor that packs several.
-        """
+    def packed_matrix(self, name: str) -> "PackedMatrix | None":
+        """What a quantizer left of a matrix; None for one that is stored plain."""
         return None
 
     @property

@@ -13,6 +13,8 @@ import numpy.typing as npt
 
 from superweights.errors import QuantizedCheckpointError
 
+FLOAT16_MAX = 65504.0
+"""The largest number of float16."""
 Specials = Literal["ieee", "nan", "nan_only_negative_zero"]
 """Which codes are not numbers: infinities and NaN; only all ones (NaN); only the code of minus zero (NaN)."""
 

@@ -95,9 +95,7 @@ def _as_transformers_reads(header: GgufHeader) -> dict[str, Any]:
 
 def _sizes(architecture: str, config: Mapping[str, Any], rows: Mapping[str, int]) -> dict[str, Any]:
     """What the tensors themselves show."""
-    found: dict[str, Any] = {
-        "vocab_size": rows.get("token_embd.weight", config["vocab_size"])
-    }  # many files do not say it
+    found: dict[str, Any] = {"vocab_size": rows.get("token_embd.weight", config["vocab_size"])}  # few files say it
     if (config.get("pad_token_id") or 0) >= found["vocab_size"]:
         found["pad_token_id"] = None  # a default of the config's class
     if "position_embd.weight" in rows:

@@ -94,15 +94,12 @@ class GgufCheckpoint(Checkpoint):
         for name, inside in names.items():
             _require_shape(stored[name], inside, shapes[inside], self._order)
         self._origins = dict(_origins(names, stored, str(config["model_type"])))
-        self._as_stored = {name for name, each in self._origins.items() if self._order.keeps(each.stored)}
+        self._in_order = {name for name, each in stored.items() if self._order.keeps(each)}
         tensors = {}
         for name, origin in self._origins.items():
             shape = shapes[name] if origin.expert is None else origin.stored.shape[1:]
-            tensors[name] = _entry(name, origin, shape, plain=not self._is_made(name, origin))
+            tensors[name] = _entry(name, origin, shape, plain=not self.is_packed(name))
         super().__init__(reference, source, config=config, tensors=tensors)
-
-    def _is_made(self, name: str, origin: _Origin) -> bool:
-        return origin.stored.kind not in PLAIN or name not in self._as_stored
 
     @property
     def packing(self) -> str | None:
@@ -129,7 +126,8 @@ class GgufCheckpoint(Checkpoint):
 
     def is_packed(self, name: str) -> bool:
         """Whether a tensor is quantized, or in another order than in transformers."""
-        return name in self._origins and self._is_made(name, self._origins[name])
+        stored = self._origins[name].stored if name in self._origins else None
+        return stored is not None and (stored.kind not in PLAIN or stored.name not in self._in_order)
 
     @property
     def has_tokenizer(self) -> bool:
@@ -162,13 +160,13 @@ class GgufCheckpoint(Checkpoint):
         """Some rows of a tensor as float32."""
         import torch
 
-        if not self.is_packed(name) or name not in self._as_stored:
+        if not self.is_packed(name) or self._origins[name].stored.name not in self._in_order:
             return super().view_rows(name, rows)
         if not rows:
             return torch.empty(0, *self.entry(name).shape[1:])
         return torch.from_numpy(_values(self._source, self._origins[name], rows))
 
-    def packed_matrix(self, name: str, expert: int | None = None) -> "PackedMatrix | None":
+    def packed_matrix(self, name: str) -> "PackedMatrix | None":
         """What the quantizer left of a matrix, [rows, cols]; None for one that is stored plain."""
         origin = self._origins.get(name)
         if origin is None or origin.stored.kind in PLAIN:

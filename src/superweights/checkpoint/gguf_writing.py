@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from superweights.checkpoint.copying import sync_folder
+from superweights.checkpoint.dtypes import FLOAT16_MAX
 from superweights.checkpoint.gguf_header import Metadata
 from superweights.checkpoint.packed.gguf import gguf_package
 from superweights.errors import NonFiniteWeightsError, RecordError, UnknownNameError, UsageError
@@ -134,7 +135,7 @@ def _encode_rows(rows: npt.NDArray[np.float32], kind: str, what: str) -> npt.NDA
         raise NonFiniteWeightsError(
             f"{what}: {bad} of {rows.size} weights are NaN or infinite, and no GGUF type rounds those. Repair the model first."
         )
-    if largest > _FLOAT16_MAX and kind not in ("F32", "BF16"):
+    if largest > FLOAT16_MAX and kind not in ("F32", "BF16"):
         raise UsageError(
             f"{what} holds {largest:g}, which is beyond float16, in which {kind} keeps values or scales. Write this model as "
             "bf16 or f32; for a tensor of a super weight, --kept-type bf16 or f32."
@@ -143,9 +144,6 @@ def _encode_rows(rows: npt.NDArray[np.float32], kind: str, what: str) -> npt.NDA
         found = package.quantize(np.ascontiguousarray(rows, dtype=np.float32), package.GGMLQuantizationType[kind])
     blocks: npt.NDArray[np.uint8] = np.ascontiguousarray(found).view(np.uint8)
     return blocks
-
-
-_FLOAT16_MAX = 65504.0
 
 
 def check_file_target(target: Path, *, overwrite: bool, but: Iterable[Path] = ()) -> None:

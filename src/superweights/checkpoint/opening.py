@@ -1,10 +1,12 @@
-"""Opens any model that can be read, quantized or not, as a checkpoint whose matrices are values."""
+"""Opens any model that can be read, quantized or not, as a checkpoint whose matrices are values.
+
+Plain safetensors need neither torch nor transformers for that.
+"""
 
 from pathlib import Path
 
 from superweights.checkpoint.checkpoint import Checkpoint
-from superweights.checkpoint.gguf_file import open_gguf
-from superweights.checkpoint.packed.unpacked import unpacked
+from superweights.checkpoint.quantized import packing_of
 from superweights.checkpoint.reference import ModelReference
 
 
@@ -21,10 +23,16 @@ def open_dequantized(reference: str | Path | ModelReference, *, revision: str | 
     """
     parsed = ModelReference.parse(reference, revision=revision)
     if parsed.place == "path" and parsed.path.suffix.lower() == ".gguf" and parsed.path.is_file():
+        from superweights.checkpoint.gguf_file import open_gguf
+
         return open_gguf(parsed)
     checkpoint = Checkpoint.open(parsed)
+    if packing_of(checkpoint.config, checkpoint.tensors) is None:
+        return checkpoint
     try:
-        return unpacked(checkpoint)
+        from superweights.checkpoint.packed.unpacked import UnpackedCheckpoint
+
+        return UnpackedCheckpoint(checkpoint)
     except BaseException:
         checkpoint.close()
         raise

@@ -1,10 +1,12 @@
-"""What a model's config says about packed weights."""
+"""What a model's config, or the names of its tensors, say about packed weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 SETTINGS_KEYS = ("quantization_config", "compression_config")
 """Where a config keeps what a quantizer has to say."""
+QUANTO_MARKS = ("weight._data", "weight._data._data", "weight._scale")
+"""Tensors that only quanto has, whose configs say nothing."""
 
 
 def quantization_of(config: dict[str, Any]) -> str | None:
@@ -24,6 +26,17 @@ def quantization_of(config: dict[str, Any]) -> str | None:
         method = "bitsandbytes" if "load_in_4bit" in settings or "load_in_8bit" in settings else "an unnamed quantizer"
     bits = _bits(settings)
     return method if bits is None else f"{method}, {bits} bits"
+
+
+def packing_of(config: dict[str, Any], tensors: Iterable[str]) -> str | None:
+    """What packed a model's weights, in words such as "gptq, 4 bits"; None where they are plain.
+
+    Args:
+        config: its config.json.
+        tensors: the names of its tensors.
+    """
+    named = quantization_of(config)
+    return "quanto" if named is None and any(name.endswith(QUANTO_MARKS) for name in tensors) else named
 
 
 def stored_settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:

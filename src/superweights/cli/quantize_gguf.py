@@ -51,13 +51,14 @@ def quantize_gguf(
     """Writes the file and says what is in it."""
     source = ModelReference.parse(model, revision=options.revision)
     kind = settings.kind or "q4_0"
-    weights = () if keep == "none" or needs_model(keep) else listed_weights(keep)
-    # What would stop the writing shows before the forward pass that finds super weights.
-    plan_quantized_gguf(source, kind, weights, kept_kind=settings.kept_kind)
-    check_file_target(settings.to.expanduser(), overwrite=settings.overwrite)
     if needs_model(keep):
+        # What would stop the writing shows before the forward pass that finds super weights.
+        plan_quantized_gguf(source, kind, kept_kind=settings.kept_kind)
+        check_file_target(settings.to.expanduser(), overwrite=settings.overwrite)
         with open_model(model, options) as loaded:
             weights = weights_of(keep, loaded, options, progress)
+    else:
+        weights = () if keep == "none" else listed_weights(keep)
     started = time.perf_counter()
     written = quantize_to_gguf(
         source,

@@ -7,7 +7,8 @@ from typing import Any
 
 from cyclopts import Parameter
 
-from superweights.checkpoint import Checkpoint, quantization_of
+from superweights.checkpoint import Checkpoint
+from superweights.checkpoint.opening import open_dequantized
 from superweights.checkpoint.stored_projection import StoredProjection, find_stored_projection, named_stored_projection
 from superweights.cli.output import DEFAULT_OUTPUT, OutputSettings, write_rows, write_table, write_text
 from superweights.cli.stored_weight import PackedPlace, StoredWeight, read_stored_weight
@@ -54,7 +55,7 @@ def show(
     if settings.transposed and settings.tensor is None:
         raise UsageError("--transposed describes the tensor named by --tensor; give both or neither.")
     wanted = [Coordinate.parse(text) for text in coordinates]
-    with _open(model, settings.revision) as checkpoint:
+    with open_dequantized(model, revision=settings.revision) as checkpoint:
         weights = [read_stored_weight(checkpoint, _locate(checkpoint, each, settings), each) for each in wanted]
         known = _published(checkpoint)
     if output.format != "table":
@@ -65,18 +66,6 @@ def show(
         lines = _lines(weight, known)
         write_table([{"name": name, "text": text} for name, text in lines.items()], headers=False)
     return 0
-
-
-def _open(model: str, revision: str | None) -> Checkpoint:
-    """The checkpoint; plain weights need neither torch nor transformers."""
-    if not model.lower().endswith(".gguf"):
-        checkpoint = Checkpoint.open(model, revision=revision)
-        if quantization_of(checkpoint.config) is None:
-            return checkpoint
-        checkpoint.close()
-    from superweights.checkpoint.opening import open_dequantized
-
-    return open_dequantized(model, revision=revision)
 
 
 def _locate(checkpoint: Checkpoint, coordinate: Coordinate, settings: ShowSettings) -> StoredProjection:

@@ -96,13 +96,9 @@ def _dequantized(
         values = checkpoint.view(projection.tensor)
         matrix: npt.NDArray[np.float32] = (values.t() if projection.transposed else values).float().numpy()
         return matrix, PackedPlace(checkpoint.stored_as(projection.tensor))
-    step = float(found.steps.expand(found.weights.shape)[row, col])
-    place = PackedPlace(
-        found.format,
-        step if math.isfinite(step) else None,
-        bool(found.at_end[row, col]) if math.isfinite(step) else None,
-        int(found.block(row, col).sum()),
-    )
+    step = found.step(row, col)
+    at_end = None if step is None else bool(found.at_end[row, col])
+    place = PackedPlace(found.format, step, at_end, int(found.block(row, col).sum()))
     return found.weights.numpy(), place
 
 

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 import torch
 
+from superweights.checkpoint.dtypes import FLOAT16_MAX
 from superweights.coordinates import Coordinate
 from superweights.detection.candidates import (
     Bars,
@@ -23,8 +24,6 @@ from superweights.model.tracing import Trace, trace
 from superweights.progress import NO_PROGRESS, Progress
 
 Method = Literal["residual", "paper"]
-FLOAT16_MAX = 65504.0
-"""The largest number of float16."""
 
 
 @dataclass(frozen=True)

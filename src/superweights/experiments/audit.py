@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import Literal
 
 import torch
@@ -109,7 +108,7 @@ def _audit(
     packed = stored.packed
     block = None if packed is None else packed.block(row, col)
     error = None if expected is None or expected == 0 else value / expected - 1
-    step = None if packed is None else _step(packed, row, col)
+    step = None if packed is None else packed.step(row, col)
     clipped = None
     if expected is not None:
         clipped = (
@@ -136,12 +135,6 @@ def _audit(
         verdict=verdict,
         reason=_reason(coordinate, stored, value, original, scale, error, clipped),
     )
-
-
-def _step(packed: PackedMatrix, row: int, col: int) -> float | None:
-    """The step of the grid at a weight; None where it has none of its own."""
-    step = float(packed.steps.expand(packed.weights.shape)[row, col])
-    return step if isfinite(step) else None
 
 
 def _block_error(

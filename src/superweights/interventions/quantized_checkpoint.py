@@ -132,8 +132,9 @@ def quantize_checkpoint(
             finish = partial(_add_adapter, original, weights, str(to))
         if keep_in == "int8":
             _check_largest(checkpoint, plan, how)
+        kept = {locate_stored(checkpoint, each)[0] for each in _coordinates(how)}
         replacements = {
-            each.tensor: _replacement(checkpoint, each, plan, how)
+            each.tensor: _replacement(checkpoint, each, plan, how, kept=each.tensor in kept)
             for each in checkpoint_matrices(checkpoint)
             if each.tensor in plan.quantized
         }
@@ -346,13 +347,16 @@ def _new_tensors(checkpoint: Checkpoint, matrix: StoredMatrix, scheme: Scheme) -
 
 
 def _replacement(
-    checkpoint: Checkpoint, matrix: StoredMatrix, plan: QuantizedCheckpoint, how: Sequence[QuantizeWeights]
+    checkpoint: Checkpoint,
+    matrix: StoredMatrix,
+    plan: QuantizedCheckpoint,
+    how: Sequence[QuantizeWeights],
+    *,
+    kept: bool,
 ) -> Replacement:
     scheme, held = plan.quantized[matrix.tensor], plan.held.get(matrix.tensor, ())
     clip = next(each.clip for each in reversed(how) if each.only is None or matrix.tensor in each.only)
-    if plan.keep_in == "int8" and any(
-        locate_stored(checkpoint, each)[0] == matrix.tensor for each in _coordinates(how)
-    ):
+    if plan.keep_in == "int8" and kept:
         clip = None  # what is kept is not cut off
 
     def make(weights: torch.Tensor) -> list[torch.Tensor]:

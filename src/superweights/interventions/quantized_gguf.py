@@ -184,9 +184,10 @@ def _planned(source: "_Source", kind: str, keep: Sequence[Coordinate], kept_kind
     kind = written_kind(kind, [each.layer for each in keep])
     kept_kind = None if kept_kind is None else written_kind(kept_kind)
     located = [(each, *source.locate(each)) for each in dict.fromkeys(keep)]
+    kept = [KeptWeight(each, tensor, index, source.value(tensor, index), "") for each, tensor, index in located]
     values: dict[str, list[float]] = {}
-    for _, tensor, index in located:
-        values.setdefault(tensor, []).append(source.value(tensor, index))
+    for each in kept:
+        values.setdefault(each.tensor, []).append(each.value)
     plain = {name: _kind(source, name, kind) for name in source.shapes}
     chosen = {name: kept_kind or _exact(source.kinds[name], kind, values[name]) for name in values}
     kinds = plain | {name: _fitting(each, source.shapes[name]) for name, each in chosen.items()}
@@ -201,10 +202,7 @@ def _planned(source: "_Source", kind: str, keep: Sequence[Coordinate], kept_kind
         source.architecture,
         kind,
         tensors,
-        tuple(
-            KeptWeight(coordinate, tensor, index, source.value(tensor, index), kinds[tensor])
-            for coordinate, tensor, index in located
-        ),
+        tuple(replace(each, kind=kinds[each.tensor]) for each in kept),
         tuple(name for name in plain if plain[name] == "F16" != kind and _rounded(source, name)),
         sum(
             gguf_nbytes(kinds[name], source.shapes[name]) - gguf_nbytes(plain[name], source.shapes[name])

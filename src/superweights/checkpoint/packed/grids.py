@@ -4,6 +4,7 @@ Values are computed in float32 from the codes and scales as stored. The package 
 float16 or bfloat16.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,11 @@ class PackedMatrix:
     blocks: torch.Tensor | None = None
     """Number of each weight's block, integers broadcastable to [rows, cols], where a block is not a tile of `shared` (columns
     in another order, blocks that run over the end of a row); None where blocks are tiles, from the top left."""
+
+    def step(self, row: int, col: int) -> float | None:
+        """The step at one weight; None where it has no grid of its own."""
+        step = float(self.steps.expand(self.weights.shape)[row, col])
+        return step if math.isfinite(step) else None
 
     def block(self, row: int, col: int) -> torch.Tensor:
         """The weights that share a scale with one weight.

@@ -14,8 +14,6 @@ from superweights.checkpoint.packed.codes import stacked
 from superweights.checkpoint.packed.grids import PackedMatrix, even_grid, runs, signed_ends, table_grid, tiles
 from superweights.checkpoint.packed.stored import FLOAT8, FLOATS, StoredModule
 
-MARKS = ("weight._data", "weight._data._data", "weight._scale")
-"""Tensors that only quanto has."""
 _TO_HIDDEN = ("down_proj", "o_proj", "out_proj", "c_proj", "dense", "dense_4h_to_h", "fc2", "fc_out", "w2", "wo")
 """Last parts of the names of layers whose output, not input, has the hidden size."""
 

@@ -8,14 +8,14 @@ from superweights.checkpoint.checkpoint import Checkpoint
 from superweights.checkpoint.packed import awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, quanto, torchao
 from superweights.checkpoint.packed.grids import PackedMatrix
 from superweights.checkpoint.packed.stored import PLAIN, StoredModule
-from superweights.checkpoint.quantized import quantization_of, stored_settings
+from superweights.checkpoint.quantized import QUANTO_MARKS, packing_of, stored_settings
 from superweights.errors import MalformedFileError, QuantizedCheckpointError
 
 __all__ = ["PackedMatrix", "packed_format", "read_packed_matrix"]
 
 _Reader = Callable[[StoredModule], PackedMatrix | None]
 _MARKS = (
-    "qweight", "weight_packed", "W_q", "SCB", "weight.absmax", "weight_scale_inv", "_weight_qdata", *quanto.MARKS,
+    "qweight", "weight_packed", "W_q", "SCB", "weight.absmax", "weight_scale_inv", "_weight_qdata", *QUANTO_MARKS,
 )  # fmt: skip
 """Tensors that only packed modules have."""
 
@@ -25,8 +25,7 @@ def packed_format(checkpoint: Checkpoint) -> str | None:
 
     It is what the config says (for quanto, the names of the tensors); whether it can be read, `read_packed_matrix` tells.
     """
-    named = quantization_of(checkpoint.config)
-    return "quanto" if named is None and _quanto(checkpoint) else named
+    return packing_of(checkpoint.config, checkpoint.tensors)
 
 
 def read_packed_matrix(checkpoint: Checkpoint, module: str) -> PackedMatrix | None:
@@ -44,7 +43,7 @@ def read_packed_matrix(checkpoint: Checkpoint, module: str) -> PackedMatrix | No
         MalformedFileError: tensors are missing, or contradict each other or the config.
     """
     settings = _settings(checkpoint)
-    method = _method(settings) if settings else "quanto" if _marked(checkpoint, module, quanto.MARKS) else ""
+    method = _method(settings) if settings else "quanto" if _marked(checkpoint, module, QUANTO_MARKS) else ""
     stored = StoredModule(checkpoint, module, method or "an unnamed quantizer", settings)
     if any(checkpoint.tensors[name].dtype not in PLAIN for name in _packs(module) if name in checkpoint.tensors):
         raise stored.unread("its experts are packed together in one tensor; read: a module for each")
@@ -101,10 +100,6 @@ def _marked(checkpoint: Checkpoint, module: str, marks: Iterable[str]) -> bool:
 def _packs(module: str) -> tuple[str, ...]:
     """Tensors under which the experts of a layer are stored as one, if `module` means all of them."""
     return module, f"{module}_blocks", f"{module}_packed"
-
-
-def _quanto(checkpoint: Checkpoint) -> bool:
-    return any(name.endswith(quanto.MARKS) for name in checkpoint.tensors)
 
 
 def _settings(checkpoint: Checkpoint) -> Mapping[str, Any]:

@@ -32,16 +32,6 @@ _PARTS = (
 """Last parts of the names of what one packed matrix is made of, in any format that is read."""
 
 
-def unpacked(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint itself where its weights are plain, else one whose packed matrices read as float32.
-
-    Raises:
-        QuantizedCheckpointError: the format, or a version of it, is not read.
-        MalformedFileError: parts of a packed matrix are missing, or do not fit together.
-    """
-    return checkpoint if packed_format(checkpoint) is None else UnpackedCheckpoint(checkpoint)
-
-
 @dataclass(frozen=True, slots=True)
 class _Module:
     """A packed matrix: its shape, and the stored tensors it is made of."""
@@ -79,10 +69,14 @@ def _packed_modules(checkpoint: Checkpoint) -> dict[str, _Module]:
 
 
 class UnpackedCheckpoint(Checkpoint):
-    """See `unpacked`. Its matrices have no bytes of their own: `read_scalar` and the like are for plain tensors.
+    """Made by `open_dequantized`. Its matrices have no bytes of their own: `read_scalar` and the like are for plain tensors.
 
     Attributes:
         packed: the quantized checkpoint, which stays open behind this one.
+
+    Raises:
+        QuantizedCheckpointError: the format, or a version of it, is not read.
+        MalformedFileError: parts of a packed matrix are missing, or do not fit together, or none is packed.
     """
 
     def __init__(self, packed: Checkpoint) -> None:
@@ -130,7 +124,7 @@ class UnpackedCheckpoint(Checkpoint):
         found = self.packed_matrix(name)
         return super().view(name) if found is None else found.weights
 
-    def packed_matrix(self, name: str, expert: int | None = None) -> PackedMatrix | None:
+    def packed_matrix(self, name: str) -> PackedMatrix | None:
         """What is packed under the name of a matrix; None for a tensor that is stored plain."""
         return read_packed_matrix(self.packed, name.removesuffix(".weight")) if name in self._parts else None
 
