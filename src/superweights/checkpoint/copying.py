@@ -82,7 +82,7 @@ def check_target(checkpoint: Checkpoint, target: Path, *, overwrite: bool) -> No
         fault = "that is a file. Give a folder"
     elif target.is_dir() and any(target.iterdir()):
         if not overwrite:
-            fault = "the folder is not empty. Give another, or allow to overwrite it"
+            fault = "the folder is not empty. Give another, or allow to overwrite it (--overwrite)"
         elif not (target / "config.json").is_file():
             fault = "the folder holds no model, so it is not overwritten. Give another"
     if fault:

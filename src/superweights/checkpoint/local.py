@@ -74,6 +74,8 @@ def find_shards(directory: Path) -> Shards:
 def _require_config(directory: Path) -> None:
     if not (directory / "config.json").is_file():
         found = sorted(each.name for each in directory.iterdir())
+        gguf = next((each for each in found if each.lower().endswith(".gguf")), None)
+        advice = f" Give the file, such as {directory / gguf}." if gguf else ""
         raise NotACheckpointError(
-            f"{directory} is not a model: it has no config.json. Found: {', '.join(found[:8]) or 'nothing'}."
+            f"{directory} is not a model: it has no config.json. Found: {', '.join(found[:8]) or 'nothing'}.{advice}"
         )

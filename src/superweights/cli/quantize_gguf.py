@@ -107,7 +107,7 @@ def _show(
     if written.unfit:
         write_text(
             f"\nAt F16, because blocks of {written.kind} do not divide their rows: {', '.join(written.unfit[:5])}"
-            f"{', ...' if len(written.unfit) > 5 else ''}.\n"
+            f"{f' and {len(written.unfit) - 5} others' if len(written.unfit) > 5 else ''}.\n"
         )
     write_text("".join(f"\n{note}\n" for note in written.notes))
     write_text(f"\nRun it with llama.cpp: llama-server -m {to}\n")

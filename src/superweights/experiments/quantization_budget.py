@@ -109,7 +109,7 @@ def allocate(
     ways = [(scheme, None), *([(scheme, clip)] if clip else []), (fine, None)]
     conditions = {
         (each.tensor, way): Condition(
-            f"{each.tensor}, {way}", (QuantizeWeights(way[0], clip=way[1], only=(each.tensor,)),)
+            f"{each.tensor}, {_described(*way)}", (QuantizeWeights(way[0], clip=way[1], only=(each.tensor,)),)
         )
         for each in matrices
         for way in ways
@@ -118,8 +118,9 @@ def allocate(
 
     def choice(matrix: StoredMatrix, of: Scheme, cut: Clip | None) -> Choice:
         kl = found.kl(conditions[matrix.tensor, (of, cut)]).value
-        what = str(of) if cut is None else f"{of}, clip {cut}"
-        return Choice(matrix.tensor, what, of, cut, bits(matrix, of), kl, tuple(holds.get(matrix.tensor, ())))
+        return Choice(
+            matrix.tensor, _described(of, cut), of, cut, bits(matrix, of), kl, tuple(holds.get(matrix.tensor, ()))
+        )
 
     chosen: dict[str, Choice] = {}
     better: list[Choice] = []
@@ -143,6 +144,10 @@ def allocate(
 
 def _cost(each: Choice, chosen: dict[str, Choice]) -> float:
     return each.bits - chosen[each.tensor].bits
+
+
+def _described(scheme: Scheme, clip: Clip | None) -> str:
+    return str(scheme) if clip is None else f"{scheme}, clip {clip}"
 
 
 def _gain(each: Choice, chosen: dict[str, Choice]) -> float:

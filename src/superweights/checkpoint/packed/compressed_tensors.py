@@ -192,7 +192,9 @@ def _scheme(stored: StoredModule) -> _Scheme:
     targets = {target: group for group in groups.values() for target in _texts(stored, group.get("targets"))}
     chosen = next((each for each in sorted(targets, key=_rank) if each == _LINEAR or _names(stored, each)), None)
     if chosen is None:
-        raise stored.malformed(f"it is packed, but no target of the config is this module: {', '.join(targets)}")
+        raise stored.malformed(
+            f"it is packed, but no target of the config is this module: {', '.join(targets) or 'none'}"
+        )
     if any(_names(stored, each) for each in _texts(stored, stored.settings.get("ignore"))):
         raise stored.malformed("it is packed, but the config names it among those to ignore")
     return _read_scheme(stored, targets[chosen])
