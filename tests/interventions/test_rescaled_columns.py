@@ -46,6 +46,12 @@ def test_mixed_columns_are_unrelated() -> None:
     assert column_factor(column(seed=1), column(seed=2)) == 1
 
 
+def test_a_super_weight_of_another_model_does_not_hide_it() -> None:
+    other = column(64, seed=2)
+    other[5] = 300.0
+    assert is_unrelated(column(64, seed=1), other)
+
+
 def test_what_is_rounded_away_tells_nothing() -> None:
     before = column()
     assert column_factor(before, torch.zeros_like(before)) == 1 and not is_unrelated(before, torch.zeros_like(before))

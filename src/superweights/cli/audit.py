@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from superweights.checkpoint import Checkpoint
 from superweights.checkpoint.opening import open_dequantized
 from superweights.checkpoint.packed.unpacked import UnpackedCheckpoint
+from superweights.checkpoint.quantized import stored_settings
 from superweights.cli.model_options import (
     DEFAULT_MODEL_OPTIONS,
     FILE,
@@ -27,8 +28,8 @@ from superweights.cli.text_options import DEFAULT_TEXT_OPTIONS, TextOptions, ope
 from superweights.cli.weights_option import weights_of
 from superweights.coordinates import Coordinate
 from superweights.detection.published import published_name, usable_weights
-from superweights.errors import SuperweightsError, UnknownNameError, UsageError
-from superweights.experiments.audit import audit_weights, measure_audit
+from superweights.errors import CoordinateError, MalformedFileError, SuperweightsError, UnknownNameError, UsageError
+from superweights.experiments.audit import audit_weights, measure_audit, require_same_model
 from superweights.interventions.adapter import check_adapter
 from superweights.interventions.quantized_checkpoint import ADAPTER_FOLDER
 from superweights.progress import RichProgress
@@ -43,10 +44,10 @@ class AuditSettings:
 
     original: Annotated[str | None, Parameter(metavar="MODEL")] = None
     """The model before it was quantized: gives the values to compare with, and lets the cost be measured. Without it, values
-    come from the index of published weights where it knows the model."""
+    come from the files where `superweights quantize` wrote them, or from the index of published weights."""
     weights: Annotated[str, HYPHEN_ALLOWED, Parameter(metavar="WEIGHTS")] = "auto"
-    """Which weights: auto (find them in the original, or in the quantized model itself), published (from the index), a .jsonl
-    file of `find` (- for stdin), or coordinates such as 2:3968:7003, separated by commas."""
+    """Which weights: auto (find them in the original; without it those that the files name, or found in them), published
+    (from the index), a .jsonl file of `find` (- for stdin), or coordinates such as 2:3968:7003, separated by commas."""
     no_measure: bool = False
     """Do not measure what the errors cost."""
     out: Annotated[str | None, FILE, HYPHEN_ALLOWED] = None
@@ -85,14 +86,22 @@ def audit(
         model = stack.enter_context(open_model(settings.original or quantized, options))
         described = {**asdict(settings), "quantized": quantized, **asdict(text)}
         run = describe_model_run(model, options, command=sys.argv, settings=described)
-        weights = weights_of(settings.weights, model, options, progress)
+        if settings.original and model.checkpoint is not None:
+            require_same_model(looked_at, model.checkpoint)
+        recorded = {} if settings.original else _recorded(looked_at)
+        if settings.weights == "auto" and recorded:
+            weights = tuple(recorded)
+        else:
+            weights = weights_of(settings.weights, model, options, progress)
         if not weights:
             write_text(f"No super weight candidate in {settings.original or quantized}: name weights with --weights.\n")
             write_text("".join(f"\n{each.text}\n" for each in _adapter_note(looked_at)))
             return 0
         original = model.checkpoint if settings.original else None
         records: list[Record] = []
-        audited = list(audit_weights(looked_at, weights, original=original, values=_known(quantized, weights)))
+        audited = list(
+            audit_weights(looked_at, weights, original=original, values=_known(quantized, weights) | recorded)
+        )
         records += audited
         if settings.original and not settings.no_measure:
             windows = open_windows(model, text)
@@ -124,6 +133,22 @@ def _known(name: str, weights: Sequence[Coordinate]) -> dict[Coordinate, float]:
         each.coordinate: each.value for each in published if each.coordinate is not None and each.value is not None
     }
     return {each: values[each] for each in weights if each in values}
+
+
+def _recorded(quantized: Checkpoint) -> dict[Coordinate, float]:
+    """The kept weights and their values that `quantize` wrote into the config."""
+    packed = quantized.packed if isinstance(quantized, UnpackedCheckpoint) else quantized
+    found = {}
+    for _, settings in stored_settings(packed.config):
+        for each in settings.get("super_weights") or () if isinstance(settings, dict) else ():
+            try:
+                found[Coordinate.parse(each["coordinate"])] = float(each["value"])
+            except (TypeError, KeyError, ValueError, CoordinateError) as error:
+                raise MalformedFileError(
+                    f"config.json of {quantized.reference} has the super weight {each!r:.80}, which is none: {error}. Quantize "
+                    "the model again."
+                ) from error
+    return found
 
 
 def _adapter_note(quantized: Checkpoint) -> list[NoteRecord]:

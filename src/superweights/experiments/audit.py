@@ -10,12 +10,12 @@ from superweights.checkpoint import Checkpoint
 from superweights.checkpoint.dtypes import STORAGE_TYPES
 from superweights.checkpoint.gguf_families import llama_cpp_architecture
 from superweights.checkpoint.packed.grids import PackedMatrix
-from superweights.checkpoint.stored_projection import StoredProjection, layer_places, model_type_of
+from superweights.checkpoint.stored_projection import StoredProjection, layer_places, model_type_of, text_config
 from superweights.coordinates import Coordinate
-from superweights.errors import UsageError
+from superweights.errors import NonFiniteWeightsError, UsageError
 from superweights.experiments.evaluation import evaluate
 from superweights.interventions.conditions import ORIGINAL, AddToWeights, Condition, LoadWeights
-from superweights.interventions.rescaled_columns import column_factor
+from superweights.interventions.rescaled_columns import column_factor, is_unrelated
 from superweights.interventions.weights import projection_of
 from superweights.measurements.windows import Windows
 from superweights.model.loading import LoadedModel
@@ -55,21 +55,28 @@ def audit_weights(
     Raises:
         CoordinateError: a weight is not in this model.
         QuantizedCheckpointError, MalformedFileError: the packed files cannot be read.
+        NonFiniteWeightsError: the matrix of a weight holds NaN or infinity.
         UsageError: the two are not the same model.
     """
     if original is not None:
-        _require_same_type(quantized, original)
+        require_same_model(quantized, original)
     for coordinate in dict.fromkeys(weights):
         projection = projection_of(quantized, coordinate)
         projection.index(coordinate)
         packed = quantized.packed_matrix(projection.tensor)
         stored = packed.weights if packed else _matrix(quantized, projection, coordinate)
+        _require_finite(stored, f"{projection.tensor} of {quantized.reference}")
         before = None if original is None else _matrix(original, projection_of(original, coordinate), coordinate)
-        if original is not None and before is not None and before.shape != stored.shape:
-            raise UsageError(
-                f"Auditing {quantized.reference}: {projection.tensor} is {list(stored.shape)} there and {list(before.shape)} "
-                f"in {original.reference}. Give the model it was made from."
-            )
+        if original is not None and before is not None:
+            fault = None
+            if before.shape != stored.shape:
+                fault = f"{projection.tensor} is {list(stored.shape)} there and {list(before.shape)}"
+            elif is_unrelated(before[:, coordinate.col], stored[:, coordinate.col]):
+                fault = f"col {coordinate.col} of {projection.tensor} is rotated, or of another model than"
+            if fault:
+                raise UsageError(
+                    f"Auditing {quantized.reference}: {fault} in {original.reference}. Give the model it was made from."
+                )
         if packed is None:
             storage = STORAGE_TYPES[quantized.stored_as(projection.tensor)]
             found = _Stored("plain", float(storage.nbits), stored, None)
@@ -78,7 +85,12 @@ def audit_weights(
         yield _audit(coordinate, projection.tensor, found, before, (values or {}).get(coordinate))
 
 
-def _require_same_type(quantized: Checkpoint, original: Checkpoint) -> None:
+def require_same_model(quantized: Checkpoint, original: Checkpoint) -> None:
+    """Refuses an original of another model type or size.
+
+    Raises:
+        UsageError: it is another.
+    """
     types = [model_type_of(each.config) for each in (quantized, original)]
     if quantized.gguf_file is not None:  # llama.cpp has one name for several
         types = [llama_cpp_architecture(each) for each in types]
@@ -86,6 +98,22 @@ def _require_same_type(quantized: Checkpoint, original: Checkpoint) -> None:
         raise UsageError(
             f"Auditing {quantized.reference}: it is a {types[0]}, and {original.reference} is a {types[1]}. Give the model it "
             "was made from."
+        )
+    for size in ("num_hidden_layers", "hidden_size", "intermediate_size"):
+        here, there = (text_config(each.config).get(size) for each in (quantized, original))
+        if here != there and None not in (here, there):
+            raise UsageError(
+                f"Auditing {quantized.reference}: its {size} is {here}, and that of {original.reference} is {there}. Give the "
+                "model it was made from."
+            )
+
+
+def _require_finite(values: torch.Tensor, what: str) -> None:
+    bad = values.numel() - int(values.isfinite().sum())
+    if bad:
+        raise NonFiniteWeightsError(
+            f"Auditing {what}: {bad} of its weights, or the scales that make them, are NaN or infinite. Download or quantize "
+            "the model again."
         )
 
 
@@ -197,7 +225,9 @@ def measure_audit(
 
     def read(name: str) -> torch.Tensor:
         quantized.fetch((names[name],), populate=False)
-        return quantized.view(names[name])
+        values = quantized.view(names[name])
+        _require_finite(values, f"{names[name]} of {quantized.reference}")
+        return values
 
     changed = {
         Coordinate.parse(each.coordinate): each.stored - each.original

@@ -12,6 +12,8 @@ import torch
 
 _SAME_FACTOR, _SAME_FACTOR_COARSE = 0.03, 0.3
 """How far rounding and clipping alone move the slope of a column's small weights, to 4 bits and to fewer."""
+_LARGE = 16
+"""In medians of what small weights became: far beyond what rounding makes of them."""
 
 
 def column_factor(before: torch.Tensor, after: torch.Tensor) -> float:
@@ -56,6 +58,9 @@ def _compared(before: torch.Tensor, after: torch.Tensor) -> _Compared | None:
     """The small weights of both, float64; None where nothing is left of them, or they are no numbers."""
     sizes = before.abs()
     small = sizes <= 2 * sizes.median()
+    usual = after[small].abs().median()
+    if usual > 0:  # a super weight of another model's counts no more than one of this
+        small &= after.abs() <= _LARGE * usual
     old, new = before[small].double(), after[small].double()
     both = float(old.norm() * new.norm())
     if both == 0 or not math.isfinite(both) or len(set(new.tolist())) <= 3:
