@@ -22,6 +22,8 @@ from superweights.checkpoint import ModelReference
         ("org/model.git", "nowhere"),
         ("org/" + "m" * 95, "nowhere"),
         ("", "nowhere"),
+        ("model-q4_0.gguf", "nowhere"),
+        ("org/model.GGUF", "nowhere"),
     ],
 )
 def test_the_place_of_a_name(name: str, place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -146,6 +146,18 @@ def test_a_budget_is_spent_and_written(ask: Ask, planted_checkpoint: Path, tmp_p
     assert sorted(each["weights"]["num_bits"] for each in groups.values()) in ([4], [4, 8])
 
 
+def test_what_a_budget_does_not_reach_is_not_called_kept(ask: Ask, planted_checkpoint: Path, tmp_path: Path) -> None:
+    for budget, kept in (("6.05", None), ("12", "2:49:7")):
+        words = ("--scheme", "int4-g16", "--keep", "2:49:7", "--budget", budget, "--to", tmp_path / budget, *QUICK)
+        answer = ask("quantize", planted_checkpoint, *words, "--format", "json")
+        assert answer.status == 0
+        assert json.JSONDecoder().raw_decode(answer.out)[0][0]["kept"] == kept
+        table = ask("quantize", planted_checkpoint, *words, "--overwrite").out
+        assert ("The budget does not reach to keep 2:49:7." in table) == (kept is None)
+        config = json.loads((tmp_path / budget / "config.json").read_text())["quantization_config"]
+        assert [each["coordinate"] for each in config["super_weights"]] == [kept] * (kept is not None)
+
+
 def test_nothing_to_keep_is_said(ask: Ask, random_checkpoint: Path, tmp_path: Path) -> None:
     answer = ask("quantize", random_checkpoint, "--scheme", "int4-g16", "--to", tmp_path / "q")
     assert answer.status == 0
@@ -183,6 +195,7 @@ def test_json_says_what_was_written(ask: Ask, planted_checkpoint: Path, tmp_path
             "only the largest weight of a row is exact there",
         ),
         (("--keep-in", "adapter", "--amplify", "2", "--scheme", "int4-g16", "--to", "TO"), "Amplify them in the plain"),
+        (("--nonfinite", "zero", "--to", "TO"), "no file is written of NaN"),
         (("--plot", "x.png", "--to", "TO"), "--plot draws what was measured"),
     ],
 )

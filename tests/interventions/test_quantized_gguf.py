@@ -231,6 +231,12 @@ def test_rows_that_blocks_do_not_divide_are_f16(tmp_path: Path) -> None:
     assert set(plan.unfit) == {f"blk.{layer}.ffn_down.weight" for layer in range(6)}
 
 
+def test_a_type_that_no_matrix_can_have_is_refused(tmp_path: Path) -> None:
+    save("llama", tmp_path / "model")
+    with pytest.raises(UsageError, match="blocks of 256 divide the rows of none"):
+        plan_quantized_gguf(tmp_path / "model", "tq1_0")
+
+
 def test_experts_are_packed_and_the_router_is_left_alone(tmp_path: Path) -> None:
     save("mixtral", tmp_path / "model", sliding_window=None, intermediate=128)
     place = Coordinate.parse("2/3:5:20")

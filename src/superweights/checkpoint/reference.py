@@ -58,6 +58,8 @@ class ModelReference:
             return "url"
         if self.name and self.path.exists():
             return "path"
+        if self.name.lower().endswith(".gguf"):
+            return "nowhere"
         hub_name = len(self.name) <= 96 and _HUB_NAME.fullmatch(self.name) and not self.name.endswith(".git")
         return "hub" if hub_name and "--" not in self.name and ".." not in self.name else "nowhere"
 

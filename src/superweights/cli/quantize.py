@@ -182,7 +182,7 @@ def quantize(
     Args:
         model: A directory, a Hub name or a URL.
     """
-    _check(settings, tasks)
+    _check(settings, tasks, options)
     check_targets(records=settings.out, charts=[settings.plot])
     progress = RichProgress()
     if settings.to is not None and is_gguf(settings.to):
@@ -205,8 +205,12 @@ def quantize(
     return 0
 
 
-def _check(settings: QuantizeSettings, tasks: TaskOptions) -> None:
+def _check(settings: QuantizeSettings, tasks: TaskOptions, options: ModelOptions) -> None:
     """Refuses requests that contradict themselves, before anything is read."""
+    if settings.to is not None and options.nonfinite == "zero":
+        raise UsageError(
+            "--nonfinite zero is for passes: no file is written of NaN and infinite weights. Repair the model first."
+        )
     if settings.to is None and not settings.measures and settings.budget is None:
         raise UsageError(
             "Nothing to do: say where to write (--to DIR), or what to measure (--measure, --compare, --activations)."
@@ -299,6 +303,11 @@ def _prepare(request: _Request, progress: RichProgress) -> _Plan:
             )
             how = found.how(weights)
             records.append(_allocated(found))
+            kept = tuple(each for step in how for each in step.keep)
+            if len(kept) < len(weights):
+                left = ", ".join(str(each) for each in weights if each not in kept)
+                records.append(NoteRecord(level="warning", text=f"The budget does not reach to keep {left}."))
+            weights = kept
         if settings.measures and windows is not None:
             records += _measured(loaded, request, weights, how, clip, windows, progress)
         return _Plan(how, weights, tuple(records), add_warnings(run, loaded))

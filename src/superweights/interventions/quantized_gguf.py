@@ -197,6 +197,12 @@ def _planned(source: "_Source", kind: str, keep: Sequence[Coordinate], kept_kind
                 f"{source.reference} is quantized already: {name} is {source.kinds[name]} there and would become {new}, "
                 "rounded twice. Give the F16, BF16 or F32 file, or the safetensors checkpoint."
             )
+    asked = [name for name in source.shapes if _rounded(source, name)]
+    if asked and all(plain[name] != kind for name in asked):
+        raise UsageError(
+            f"Writing {source.reference} as {kind}: blocks of {block_size(kind)[0]} divide the rows of none of its matrices, "
+            f"such as {asked[0]} {list(source.shapes[asked[0]])}, so all would be F16. Take another type, or say f16."
+        )
     tensors = tuple(NewGgufTensor(name, kinds[name], shape) for name, shape in source.shapes.items())
     return QuantizedGguf(
         source.architecture,
