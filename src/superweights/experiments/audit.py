@@ -70,13 +70,14 @@ def audit_weights(
         if original is not None and before is not None:
             fault = None
             if before.shape != stored.shape:
-                fault = f"{projection.tensor} is {list(stored.shape)} there and {list(before.shape)}"
+                fault = f"{projection.tensor} is {list(stored.shape)} there and {list(before.shape)} in {original.reference}"
             elif is_unrelated(before[:, coordinate.col], stored[:, coordinate.col]):
-                fault = f"col {coordinate.col} of {projection.tensor} is rotated, or of another model than"
-            if fault:
-                raise UsageError(
-                    f"Auditing {quantized.reference}: {fault} in {original.reference}. Give the model it was made from."
+                fault = (
+                    f"col {coordinate.col} of {projection.tensor} has nothing to do with that in {original.reference}: its "
+                    "weights are rotated, or of another model"
                 )
+            if fault:
+                raise UsageError(f"Auditing {quantized.reference}: {fault}. Give the model it was made from.")
         if packed is None:
             storage = STORAGE_TYPES[quantized.stored_as(projection.tensor)]
             found = _Stored("plain", float(storage.nbits), stored, None)
